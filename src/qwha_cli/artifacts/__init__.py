@@ -1,0 +1,1 @@
+"""Artifacts: the folders that stages write and read, each complete only when its manifest is there."""
