@@ -1,0 +1,158 @@
+"""The recipe's sections for the model and for what is done to it before training: model, quantize, adapter, init."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from qwha_cli.catalog import DATASETS, TEXTS
+from qwha_cli.recipe.section import Count, Fault, NotNegative, Positive, Section, Text, as_tuple, split_without, unknown_name
+
+# bitsandbytes' 4-bit kernels know these block sizes.
+NF4_GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def _calibration_source(value: str) -> str:
+    known: Mapping[str, str] = {**TEXTS, **DATASETS}
+    if value in known or value.endswith((".txt", ".jsonl")):
+        return value
+    raise unknown_name(value, {**known, "*.txt": "", "*.jsonl": ""}, what="calibration data")
+
+
+class ModelSection(Section):
+    """Which model, in which number format, on which device."""
+
+    id: Annotated[
+        Text, Field(description="Hub id, local folder, `.gguf` file, `builtin:NAME`, or `random:CONFIG` (random weights).")
+    ]
+    revision: Annotated[Text | None, Field(description="Branch, tag or commit of a hub model.")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Number format of what is not quantized. `auto`: the device's best (bfloat16 on GPUs)."),
+    ] = "auto"
+    device: Annotated[
+        str,
+        Field(
+            pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+            description="`auto`, `cpu`, `cuda` or `cuda:N`. `auto`: a GPU if there is one.",
+        ),
+    ] = "auto"
+
+
+class CalibrationSection(Section):
+    """The text that GPTQ, MagR and the initialisation look at; never test data."""
+
+    data: Annotated[
+        Text,
+        AfterValidator(_calibration_source),
+        Field(description="A text (`wikitext2`, `prose`, `text`), a training format (`gsm8k`, ...), or a `.txt`/`.jsonl` file."),
+    ] = "wikitext2"
+    path: Annotated[Text | None, Field(description="Local file to read the data from; relative to the current directory.")] = None
+    split: Annotated[
+        Text,
+        split_without("test", because="calibration would leak test data into the weights"),
+        Field(description="Split to take; a split named test is refused."),
+    ] = "train"
+    samples: Annotated[Count, Field(description="Number of sequences.")] = 128
+    length: Annotated[Count, Field(description="Tokens a sequence.")] = 2048
+    batch_size: Annotated[Count, Field(description="Sequences per forward; affects memory and speed only.")] = 8
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield what cannot stand together in the calibration."""
+        if self.data == "text" and self.path is None:
+            yield Fault(("path",), "data: text needs the file to read", "set quantize.calibration.path")
+
+
+class QuantizeSection(Section):
+    """How the linear layers of the decoder blocks become 2, 3 or 4 bits."""
+
+    method: Annotated[Literal["gptq", "nf4", "rtn"], Field(description="Algorithm.")]
+    bits: Annotated[Literal[2, 3, 4], Field(description="Bits a weight; `nf4` has 4.")]
+    group_size: Annotated[
+        Count, Field(description="Weights of a row that share scale and zero; must divide every layer's inputs.")
+    ] = 64
+    symmetric: Annotated[bool, Field(description="Grid symmetric around zero: no zero point.")] = False
+    basis: Annotated[
+        Literal["weight", "hadamard"],
+        Field(description="What the codes stand for: `W`, or `W H` (the domain that the adapter lives in)."),
+    ] = "weight"
+    grid: Annotated[
+        Literal["minmax", "search"],
+        Field(description="Scales and zeros from the extremes, or from a search over shrink and zero. Not for `nf4`."),
+    ] = "search"
+    damping: Annotated[Positive, Field(description="GPTQ: added to the Gram matrix's diagonal, as a part of its mean.")] = 0.01
+    magr: Annotated[
+        Positive | None,
+        Field(description="GPTQ: strength of MagR's smoothing of outliers before quantization; null for none."),
+    ] = None
+    exclude: Annotated[
+        tuple[str, ...], as_tuple(), Field(description="Linear layers of the blocks that stay in 16 bits, by name.")
+    ] = ()
+    calibration: Annotated[CalibrationSection, Field(description="The text it is measured on.")] = CalibrationSection()
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield what cannot stand together in the quantization."""
+        if self.magr is not None and self.method != "gptq":
+            yield Fault(("magr",), f"MagR prepares weights for gptq, not for {self.method}", "set quantize.magr=null")
+        if self.method != "nf4":
+            return
+        if self.bits != 4:
+            yield Fault(("bits",), f"nf4 is a 4-bit format, not {self.bits}", "set quantize.bits=4, or quantize.method=gptq")
+        if "grid" in self.model_fields_set:
+            yield Fault(("grid",), "nf4 has a fixed grid", "remove the key")
+        if self.symmetric:
+            yield Fault(("symmetric",), "nf4 has a fixed grid", "remove the key")
+        if self.group_size not in NF4_GROUP_SIZES:
+            sizes = ", ".join(map(str, NF4_GROUP_SIZES))
+            yield Fault(("group_size",), f"nf4 has no blocks of {self.group_size}", f"one of {sizes}")
+
+
+def _targets(value: object) -> object:
+    if value == "all-linear":
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    # checked here, before pydantic tries both sides of the union and reports two faults for one
+    message = f"expected all-linear or a list of layer names such as [q_proj, v_proj], got {value!r}"
+    raise ValueError(message)
+
+
+class AdapterSection(Section):
+    """The trainable part."""
+
+    method: Annotated[Literal["qwha"], Field(description="Kind of adapter.")] = "qwha"
+    rank: Annotated[Count, Field(description="Budget: each layer gets rank x (inputs + outputs) trainable values.")] = 64
+    scale: Annotated[Positive, Field(description="Factor on the adapter's contribution.")] = 1.0
+    targets: Annotated[
+        Literal["all-linear"] | tuple[str, ...],
+        BeforeValidator(_targets),
+        Field(description="Layers that get an adapter: `all-linear` (of the decoder blocks), or a list of names."),
+    ] = "all-linear"
+    exclude: Annotated[tuple[str, ...], as_tuple(), Field(description="Layers that get no adapter, by name.")] = ()
+
+
+class InitSection(Section):
+    """Where the adapter's values stand and what they start from."""
+
+    method: Annotated[
+        Literal["adaalloc", "zero", "random"],
+        Field(description="`adaalloc`: the paper's; `zero`: its places, values 0; `random`: random places, fitted values."),
+    ] = "adaalloc"
+    temperature: Annotated[
+        NotNegative, Field(description="Exponent of a row's error when the budget is shared out; 0 shares it evenly.")
+    ] = 1.0
+    damping: Annotated[Positive, Field(description="Added to the Gram matrix's diagonal in the fit, as a part of its mean.")] = (
+        1e-4
+    )
+    min_per_row: Annotated[Annotated[int, Field(ge=0)], Field(description="Values that each row gets at least.")] = 2
+    precision: Annotated[Literal["float32", "float64"], Field(description="Arithmetic of the fit.")] = "float32"
+    gate: Annotated[
+        bool, Field(description="Exit 1 when a layer's error after init is above the error without adapter. Off for `zero`.")
+    ] = True
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield what cannot stand together in the initialisation."""
+        if self.method == "zero" and self.gate and "gate" in self.model_fields_set:
+            yield Fault(("gate",), "a zero init has nothing to compare with a zero init", "set init.gate=false")

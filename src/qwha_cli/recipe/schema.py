@@ -1,0 +1,73 @@
+"""The recipe as an object: frozen, checked, and equal to what its own `dump` loads to.
+
+The sections live in quantize_section.py and train_section.py; their field descriptions are the text of docs/recipes.md. This file
+knows no YAML positions (load.py does) and nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from qwha_cli.recipe.positions import resolve_scalar
+from qwha_cli.recipe.quantize_section import AdapterSection, InitSection, ModelSection, QuantizeSection
+from qwha_cli.recipe.section import Fault, Section, Text
+from qwha_cli.recipe.train_section import EvalSection, MergeSection, TrainSection
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder: letters, digits, `.`, `_`, `-`."),
+    ]
+    seed: Annotated[Annotated[int, Field(ge=0, lt=2**32)], Field(description="Decides everything random.")] = 0
+    output: Annotated[Text, Field(description="Folder of the runs; `~` is expanded.")] = "runs"
+    model: Annotated[ModelSection, Field(description="The model.")]
+    quantize: Annotated[QuantizeSection, Field(description="How it is quantized.")]
+    adapter: Annotated[AdapterSection, Field(description="The trainable part.")] = AdapterSection()
+    init: Annotated[InitSection, Field(description="What training starts from.")] = InitSection()
+    train: Annotated[TrainSection, Field(description="The training.")]
+    eval: Annotated[EvalSection, Field(description="What is measured.")] = EvalSection()
+    merge: Annotated[MergeSection, Field(description="The ordinary model folder at the end.")] = MergeSection()
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield what cannot stand together across sections."""
+        answers, data = self.eval.answers, self.train.data
+        if answers is not None and answers.path is not None and answers.path == data.path:
+            yield Fault(("eval", "answers", "path"), "the training file is scored too", "give a held-out file")
+        if self.adapter.targets != "all-linear":
+            for name in sorted(set(self.adapter.exclude) & set(self.adapter.targets)):
+                yield Fault(("adapter", "exclude"), f"{name} is both a target and excluded", "remove one")
+
+    def dump(self) -> dict[str, Any]:
+        """Return every setting, defaults included, as plain JSON and YAML values that load to an equal recipe.
+
+        Keys that the chosen method does not have are left out.
+        """
+        full: dict[str, Any] = self.model_dump(mode="json")
+        if self.quantize.method == "nf4":
+            del full["quantize"]["grid"]
+        if self.init.method == "zero":
+            del full["init"]["gate"]
+        return full
+
+    def to_yaml(self) -> str:
+        """Return `dump` as YAML, keys in the schema's order."""
+        return yaml.dump(self.dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that our reader would take for something else: PyYAML itself sees `7e5` (a commit?) as text."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(resolve_scalar(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
