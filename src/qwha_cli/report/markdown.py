@@ -1,0 +1,97 @@
+"""report.md: the same account as report.html for terminals, reviews and pull requests; pictures are linked, not embedded."""
+
+from __future__ import annotations
+
+import re
+
+from qwha_cli.report import wording
+from qwha_cli.report.collect import STAGE_FOLDERS, RunReport
+from qwha_cli.report.page import COLUMNS, ROW_NAMES, missing_sentence, summary_line, task_names, task_text
+from qwha_cli.report.page_details import cut, environment_lines, shown_samples
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|#])")
+_PICTURES = (
+    ("init", "heatmap.png", "Layer errors after initialisation"),
+    ("init", "entries.png", "Entries per row"),
+    ("train", "loss.png", "Loss"),
+)
+
+
+def markdown(report: RunReport) -> str:
+    """Return report.md."""
+    parts = [f"# {plain(report.name)}", plain(summary_line(report))]
+    if report.missing:
+        parts.append(f"> {missing_sentence(report)}")
+    parts += [f"> {stage} was made from an older {' and '.join(names)}; run it again." for stage, names in report.stale.items()]
+    parts += ["## Result", _table(report)]
+    sentences = wording.wins(report)
+    if sentences:
+        parts += ["## What it won", "\n".join(f"- {plain(sentence)}" for sentence in sentences)]
+    pictures = [
+        (f"{STAGE_FOLDERS[stage]}/{file}", text) for stage, file, text in _PICTURES if (report.folder(stage) / file).is_file()
+    ]
+    if pictures:
+        parts += ["## Pictures", *(f"![{text}]({path})" for path, text in pictures)]
+    parts += _samples(report)
+    notes = [f"- **{stage}**: {plain(note)}" for stage, note in report.notes()] or ["None."]
+    parts += ["## Notes and fallbacks", "\n".join(notes)]
+    if report.recipe:
+        parts += ["## Recipe", fenced(report.recipe, language="yaml")]
+    environment = [f"- {plain(name)}: {plain(value)}" for name, value in environment_lines(report.manifests)]
+    if environment:
+        parts += ["## Environment", "\n".join(environment)]
+    parts += _files(report)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def plain(text: str) -> str:
+    """Return a text with everything escaped that Markdown or HTML would act on, on one line."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def fenced(text: str, *, language: str = "") -> str:
+    """Return a text as a code block whose fence is longer than any inside it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _table(report: RunReport) -> str:
+    if not report.table:
+        return "No stage has finished, so there is nothing to compare yet."
+    columns = [c for c in COLUMNS if any(c[2](row) != wording.ABSENT for row in report.table)]
+    tasks = task_names(report.table)
+    titles = [
+        "model",
+        *(f"{title} ({unit})" for title, unit, _ in columns),
+        *(plain(f"{name} {metric}") for name, metric in tasks),
+    ]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    for row in report.table:
+        cells = [ROW_NAMES[row.row], *(text(row) for _, _, text in columns), *(task_text(row, name) for name in tasks)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _samples(report: RunReport) -> list[str]:
+    shown = shown_samples(report)
+    if not shown:
+        return []
+    parts = [f"## Samples\n\nThe first of {len(report.samples)} questions, none chosen by hand."]
+    for sample in shown:
+        parts.append(f"**Question.** {plain(cut(sample.question))}\n\n**Expected.** {plain(cut(sample.expected))}")
+        for answer in sample.answers:
+            verdict = {True: ", right", False: ", wrong", None: ""}[answer.correct]
+            parts.append(f"{answer.row}{verdict}:\n\n{fenced(cut(answer.text) or '(nothing)')}")
+    return parts
+
+
+def _files(report: RunReport) -> list[str]:
+    parts: list[str] = []
+    for stage, manifest in report.manifests.items():
+        lines = ["| file | size | sha256 |", "|---|---:|---|"]
+        lines += [
+            f"| {plain(name)} | {wording.size(record.bytes)} | `{record.sha256}` |" for name, record in manifest.files.items()
+        ]
+        parts.append(f"### {STAGE_FOLDERS[stage]}\n\n" + "\n".join(lines))
+    return ["## Files", *parts] if parts else []
