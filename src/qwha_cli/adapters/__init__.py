@@ -1,0 +1,1 @@
+"""Adapters: what is trained beside the frozen quantized weights, and how peft comes to know it."""

@@ -1,0 +1,70 @@
+"""Tensors computed from a layer's own, kept between calls and outside of the module tree.
+
+A buffer would land in the adapter's file and in every broadcast between ranks. Kept here instead, a result is valid as long as
+the very tensors that it came from are still in place and unwritten: a move to another device or dtype makes new tensors, an
+optimizer's step or `load_state_dict` raises their version. So nothing has to remember to invalidate. Copies start empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Entry:
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    result: Tensor
+
+
+class DerivedTensors:
+    """A small cache of tensors by key, each tied to the tensors it was computed from."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, _Entry] = {}
+
+    def get(self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+        """The stored result, or a new one if a source was replaced or written to.
+
+        Args:
+            key: What is computed.
+            sources: The tensors that `make` reads.
+            make: Computes the result. Runs without gradients and, whatever mode the caller is in, outside of inference mode:
+                an inference tensor could not be saved for a backward pass later.
+        """
+        entry = self._entries.get(key)
+        if entry is not None and _unchanged(entry, sources):
+            return entry.result
+        with torch.inference_mode(False), torch.no_grad():
+            result = make()
+        self._entries[key] = _Entry(tuple(sources), tuple(_version(source) for source in sources), result)
+        return result
+
+    def clear(self) -> None:
+        """Drop everything, also the references to the sources."""
+        self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> DerivedTensors:
+        return DerivedTensors()
+
+    def __reduce__(self) -> tuple[type[DerivedTensors], tuple[()]]:
+        return DerivedTensors, ()
+
+
+def _unchanged(entry: _Entry, sources: Sequence[Tensor]) -> bool:
+    return len(entry.sources) == len(sources) and all(
+        one is other and version == _version(other)
+        for one, version, other in zip(entry.sources, entry.versions, sources, strict=True)
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    # inference tensors count no versions, and cannot be written to where it would matter
+    return -1 if tensor.is_inference() else tensor._version

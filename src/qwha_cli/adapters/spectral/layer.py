@@ -1,0 +1,324 @@
+"""One linear layer with sparse matrices F in the Hadamard domain added to its frozen weight.
+
+    y = x W'ᵀ + b,    W' = Q̂ + α F Hᵀ  (nn.Linear, or codes in the weight basis)  or  (Q̂ + α F) Hᵀ  (codes in the Hadamard basis)
+
+On the layer lie, by adapter name, `qwha_values` float32 (nnz,) — the only trainable tensors — and the places `qwha_columns` int16
+(int32 above 32768 inputs) (nnz,) and `qwha_row_starts` int32 (out + 1,). peft writes whatever hangs on a tuner layer beside
+`base_layer` into the adapter's file, so everything derived (flat index, evaluation weight) is kept outside the module tree, see
+derived.py. Parameters are looked up at every call: peft re-creates them.
+
+This file does not decide which layers get an adapter (model.py) nor how many entries where (places.py, initializers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from qwha_cli.adapters.spectral.base_layer import base_weight, basis_of, checked_base, dense_linear, device_of
+from qwha_cli.adapters.spectral.derived import DerivedTensors
+from qwha_cli.errors import ArtifactError, NumericsError
+from qwha_cli.kernels.effective_weight import Basis, Transform, effective_weight
+from qwha_cli.kernels.sparse_matmul import SparseRows
+from qwha_cli.kernels.spectral_linear import Keep, spectral_linear
+from qwha_cli.kernels.wht import wht
+from qwha_cli.quant.linear import QuantizedLinear
+
+_SHORT_COLUMNS = 1 << 15  # so many columns have indices that fit int16
+
+
+class SpectralLinear(nn.Module, BaseTunerLayer):
+    """A frozen nn.Linear or QuantizedLinear plus any number of named sparse adapters, of which the active ones add up.
+
+    Args:
+        base_layer: The layer to adapt; it is kept as it is, bias included.
+
+    Raises:
+        ModelError: The layer is neither an nn.Linear with a floating-point weight nor a QuantizedLinear.
+    """
+
+    adapter_layer_names = ("qwha_values",)
+    other_param_names = ("qwha_columns", "qwha_row_starts", "qwha_scale", "qwha_transform")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = checked_base(base_layer)
+        self.in_features: int = self.base_layer.in_features
+        self.out_features: int = self.base_layer.out_features
+        self.qwha_values = nn.ParameterDict()
+        # persistent is not the default, and without it the places would silently be missing in the file
+        self.qwha_columns = BufferDict(persistent=True)
+        self.qwha_row_starts = BufferDict(persistent=True)
+        self.qwha_scale: dict[str, float] = {}
+        self.qwha_transform: dict[str, Transform] = {}
+        self.keep: Keep = "memory"
+        self.merge_dtype = torch.float32
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._caching = False
+        self._index = DerivedTensors()
+        self._weights = DerivedTensors()
+        self._codes: list[QuantizedLinear] = []
+
+    # ---- adapters on the layer
+
+    @property
+    def basis(self) -> Basis:
+        """The basis that the base's stored weight is in."""
+        return basis_of(self.base_layer)
+
+    def update_layer(
+        self, adapter_name: str, *, rows: SparseRows, scale: float, transform: Transform, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter, or replace the one of that name.
+
+        Args:
+            adapter_name: Name of the adapter.
+            rows: F (out, in) with its start values.
+            scale: α.
+            transform: "wht" or "identity".
+            inference_mode: Whether its values stay frozen.
+        """
+        self.qwha_scale[adapter_name] = scale
+        self.qwha_transform[adapter_name] = transform
+        self.set_rows(adapter_name, rows)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_rows(self, adapter_name: str, rows: SparseRows) -> None:
+        """Put another F in an adapter's place; values become float32 on the device of the base.
+
+        Args:
+            adapter_name: Name of the adapter.
+            rows: F (out, in); the number of entries may change.
+
+        Raises:
+            ArtifactError: The shape is not the layer's.
+        """
+        if tuple(rows.shape) != (self.out_features, self.in_features):
+            raise ArtifactError(f"entries for a layer {tuple(rows.shape)} on one of {(self.out_features, self.in_features)}")
+        trainable = self.qwha_values[adapter_name].requires_grad if adapter_name in self.qwha_values else True
+        # clone: rows is a value, training must not write into the caller's tensor
+        values = rows.values.detach().to(device_of(self.base_layer), torch.float32).clone()
+        self.qwha_values[adapter_name] = nn.Parameter(values, requires_grad=trainable)
+        short = torch.int16 if self.in_features <= _SHORT_COLUMNS else torch.int32
+        self.qwha_columns[adapter_name] = rows.columns.to(device_of(self.base_layer), short)
+        self.qwha_row_starts[adapter_name] = rows.row_starts.to(device_of(self.base_layer), torch.int32)
+        self._forget()
+
+    def rows(self, adapter_name: str) -> SparseRows:
+        """F of one adapter as a value, without α, detached."""
+        return SparseRows(
+            row_starts=cast(Tensor, self.qwha_row_starts[adapter_name]),
+            columns=cast(Tensor, self.qwha_columns[adapter_name]).int(),
+            values=self.qwha_values[adapter_name].detach(),
+            shape=(self.out_features, self.in_features),
+        )
+
+    # ---- forward
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """The base's output with the active adapters added.
+
+        Args:
+            x: (..., in), any float dtype; under autocast the computation runs in the autocast dtype.
+            *args: Handed to the base layer where it is called.
+            **kwargs: Likewise.
+
+        Returns:
+            (..., out).
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = self._in_use()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        transform = self.qwha_transform[names[0]]
+        mixed = any(self.qwha_transform[name] != transform for name in names)
+        if mixed or (transform == "identity" and self.basis == "hadamard"):
+            # no single form: the base in one basis, an adapter in another
+            return self.base_layer(x, *args, **kwargs) + F.linear(x, self._delta(names).to(x.dtype))
+        values, scale = self._values(names)
+        if self._caching and not self.training and not (torch.is_grad_enabled() and values.requires_grad):
+            return self._forward_cached(x, names, transform)
+        return spectral_linear(
+            x,
+            values,
+            base=self._base_weight,
+            flat_index=self._flat_index(names),
+            basis=self.basis,
+            scale=scale,
+            bias=self.bias,
+            keep=self.keep,
+            transform=transform,
+        )
+
+    def _forward_cached(self, x: Tensor, names: tuple[str, ...], transform: Transform) -> Tensor:
+        # the same steps as in spectral_linear, so that the result is the same to the bit
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        sources = [self.qwha_values[name] for name in names]
+        with torch.autocast(device, enabled=False):
+            weight = self._weights.get((x.dtype, names), sources, lambda: self._effective(names, transform, x.dtype))
+            bias: Tensor | None = self.bias
+            return F.linear(wht(x) if self.basis == "hadamard" else x, weight, None if bias is None else bias.to(x.dtype))
+
+    def _effective(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
+        values, scale = self._values(names)
+        index = self._flat_index(names)
+        return effective_weight(self._base_weight(dtype), values, index, basis=self.basis, scale=scale, transform=transform)
+
+    def _in_use(self) -> tuple[str, ...]:
+        if self.disable_adapters or self.merged:
+            return ()
+        return tuple(name for name in self.active_adapters if name in self.qwha_values)
+
+    def _values(self, names: tuple[str, ...]) -> tuple[Tensor, float]:
+        if len(names) == 1:
+            return self.qwha_values[names[0]], self.qwha_scale[names[0]]
+        return torch.cat([self.qwha_values[name] * self.qwha_scale[name] for name in names]), 1.0
+
+    def _base_weight(self, dtype: torch.dtype) -> Tensor:
+        return base_weight(self.base_layer, dtype)
+
+    def _flat_index(self, names: tuple[str, ...]) -> Tensor:
+        """Positions row · in + column of all entries, one adapter after the other."""
+        places = [cast(Tensor, tensors[name]) for name in names for tensors in (self.qwha_columns, self.qwha_row_starts)]
+        return self._index.get(names, places, lambda: torch.cat([self.rows(name).flat_index() for name in names]))
+
+    def _delta(self, names: Sequence[str]) -> Tensor:
+        return reduce(torch.add, [self.get_delta_weight(name) for name in names])
+
+    # ---- merging
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What one adapter adds to the weight: α F Hᵀ ("identity": α F).
+
+        Args:
+            adapter: Name of the adapter.
+
+        Returns:
+            float32 (out, in) in the weight basis, whatever basis the codes are in; differentiable in the values.
+        """
+        values = self.qwha_values[adapter]
+        flat = values.new_zeros(self.out_features * self.in_features, dtype=torch.float32)
+        sparse = flat.index_add(0, self._flat_index((adapter,)), values.float() * self.qwha_scale[adapter])
+        sparse = sparse.view(self.out_features, self.in_features)
+        return wht(sparse, transpose=True) if self.qwha_transform[adapter] == "wht" else sparse
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: the adapter only adds to the weight, so peft's conversion to LoRA applies."""
+        return True
+
+    @torch.no_grad()
+    def merged_weight(self, dtype: torch.dtype, *, adapter_names: list[str] | None = None) -> Tensor:
+        """The weight with adapters added: Q̂ + α F Hᵀ, or (Q̂ + α F) Hᵀ, computed in float32.
+
+        Args:
+            dtype: Of the result.
+            adapter_names: Which adapters; by default the active ones.
+
+        Returns:
+            (out, in) in the weight basis.
+        """
+        names = tuple(self._in_use() if adapter_names is None else adapter_names)
+        spectral = tuple(name for name in names if self.qwha_transform[name] == "wht")
+        weight = self._base_weight(torch.float32)
+        if self.basis == "hadamard":
+            if spectral:
+                values, scale = self._values(spectral)
+                weight = effective_weight(weight, values, self._flat_index(spectral), basis="hadamard", scale=scale)
+            weight = wht(weight, transpose=True)
+            names = tuple(name for name in names if name not in spectral)
+        return (weight + self._delta(names) if names else weight).to(dtype, copy=True)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters into the base's weight; the layer computes the same without them afterwards.
+
+        An nn.Linear is changed in place, in its own dtype. Codes cannot hold the sum: a QuantizedLinear makes way for an
+        nn.Linear of `merge_dtype` that holds its dequantized weight and bias, and comes back with `unmerge`.
+
+        Args:
+            safe_merge: Refuse a result that is not finite.
+            adapter_names: Which adapters; by default the active ones.
+
+        Raises:
+            NumericsError: `safe_merge` is set and the merged weight is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.qwha_values]
+        if not names:
+            return
+        base = self.base_layer
+        dtype = self.merge_dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
+        weight = self.merged_weight(dtype, adapter_names=names)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise NumericsError(f"the merged weight of adapter {', '.join(names)} has values that are not finite")
+        if isinstance(base, QuantizedLinear):
+            self._codes = [base]
+            self.base_layer = dense_linear(weight, base.bias)
+        else:
+            base.weight.data = weight
+        self.merged_adapters.extend(names)
+        self._forget()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take merged adapters out again: exact for a quantized base, to rounding for an nn.Linear."""
+        if not self.merged:
+            return
+        if self._codes:
+            self.base_layer = self._codes.pop().to(device_of(self.base_layer))
+        else:
+            weight = self.base_layer.weight
+            weight.data = (weight.float() - self._delta(self.merged_adapters)).to(weight.dtype)
+        self.merged_adapters.clear()
+        self._forget()
+
+    # ---- housekeeping
+
+    def cache_weights(self, on: bool) -> None:
+        """Keep the dense sum of base and adapters between forward passes in eval mode, one copy a dtype.
+
+        Costs the memory of the dense weight and makes generation fast. Dropped on train(), on a device move, on load, and
+        whenever values change; never used while gradients to the values are wanted, never saved.
+
+        Args:
+            on: Switch on or off; off frees the memory.
+        """
+        self._caching = on
+        self._weights.clear()
+
+    def train(self, mode: bool = True) -> SpectralLinear:
+        """As nn.Module.train; training drops the evaluation weight."""
+        if mode:
+            self._weights.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralLinear:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Like peft's, but without its cast to the base's dtype: on a bfloat16 base that would round float32 values on reload."""
+        if self.qwha_values[adapter_name].device.type == "meta":
+            return
+        target = device or device_of(self.base_layer)
+        for tensors in (self.qwha_values, self.qwha_columns, self.qwha_row_starts):
+            tensors[adapter_name] = cast(Tensor, tensors[adapter_name]).to(target)
+
+    def _forget(self) -> None:
+        self._index.clear()
+        self._weights.clear()
+
+    def extra_repr(self) -> str:
+        """Shape and entries of every adapter."""
+        entries = ", ".join(f"{name}={len(values)}" for name, values in self.qwha_values.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, entries: {entries}"
