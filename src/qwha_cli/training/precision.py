@@ -1,0 +1,66 @@
+"""Which arithmetic the forward and backward passes use; the trained values and the optimizer stay in fp32 in every case.
+
+`auto` takes bf16 autocast where the hardware multiplies bf16 matrices natively: CUDA from compute capability 8.0 on, CPUs with
+AVX512-BF16 or AMX. Elsewhere bf16 is emulated and slower than fp32. fp16 is not offered: it needs loss scaling, whose state
+would have to be part of the exact resume, and every device with fast fp16 training in reach also has bf16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """What was chosen, and why.
+
+    Attributes:
+        autocast: The dtype of matrix products, or None for the model's own dtype.
+        reason: One sentence for the run's notes.
+    """
+
+    autocast: torch.dtype | None
+    reason: str
+
+
+def choose_precision(requested: Precision, *, device: torch.device) -> PrecisionChoice:
+    """Decide between bf16 autocast and plain arithmetic.
+
+    Args:
+        requested: What the recipe says.
+        device: Where the model will run.
+
+    Returns:
+        The choice and its reason; `bf16` and `fp32` are taken at their word.
+    """
+    if requested == "fp32":
+        return PrecisionChoice(None, "precision fp32, as the recipe asks")
+    if requested == "bf16":
+        return PrecisionChoice(torch.bfloat16, "precision bf16 (autocast), as the recipe asks")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return PrecisionChoice(torch.bfloat16, f"precision bf16 (autocast): {name} has it natively")
+        return PrecisionChoice(None, f"precision fp32: {name} only emulates bf16")
+    if device.type == "cpu" and _cpu_multiplies_bf16():
+        return PrecisionChoice(torch.bfloat16, "precision bf16 (autocast): this CPU has bf16 matrix instructions")
+    return PrecisionChoice(None, f"precision fp32: no native bf16 matrix instructions found on this {device.type}")
+
+
+@contextlib.contextmanager
+def autocasting(dtype: torch.dtype | None, *, device: torch.device) -> Generator[None]:
+    """Run the block under autocast to `dtype`, or plainly when it is None."""
+    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        yield
+
+
+def _cpu_multiplies_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
