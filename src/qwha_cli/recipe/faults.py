@@ -97,8 +97,6 @@ def _message(detail: ErrorDetails) -> tuple[str, str | None]:
         return str(detail["msg"]), f"did you mean {context['nearest']}?" if context.get("nearest") else None
     if kind == "value_error":
         return str(context["error"]), None
-    if kind == "string_pattern_mismatch":
-        return f"expected text of the form {context['pattern']}, {got}", None
     if kind in _EXPECTED:
         quoted = kind == "string_type" and isinstance(value, int | float)
         return f"expected {_EXPECTED[kind]}, {got}", "write it in quotes" if quoted else None

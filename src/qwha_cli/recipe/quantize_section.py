@@ -8,7 +8,18 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from qwha_cli.catalog import DATASETS, TEXTS
-from qwha_cli.recipe.section import Count, Fault, NotNegative, Positive, Section, Text, as_tuple, split_without, unknown_name
+from qwha_cli.recipe.section import (
+    Count,
+    Fault,
+    NotNegative,
+    Positive,
+    Section,
+    Text,
+    as_tuple,
+    shaped,
+    split_without,
+    unknown_name,
+)
 
 # bitsandbytes' 4-bit kernels know these block sizes.
 NF4_GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -34,10 +45,8 @@ class ModelSection(Section):
     ] = "auto"
     device: Annotated[
         str,
-        Field(
-            pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
-            description="`auto`, `cpu`, `cuda` or `cuda:N`. `auto`: a GPU if there is one.",
-        ),
+        shaped(r"auto|cpu|cuda(:[0-9]+)?", expected="auto, cpu, cuda or cuda:N"),
+        Field(description="`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."),
     ] = "auto"
 
 

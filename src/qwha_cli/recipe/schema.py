@@ -14,7 +14,7 @@ from pydantic import Field
 
 from qwha_cli.recipe.positions import resolve_scalar
 from qwha_cli.recipe.quantize_section import AdapterSection, InitSection, ModelSection, QuantizeSection
-from qwha_cli.recipe.section import Fault, Section, Text
+from qwha_cli.recipe.section import Fault, Section, Text, shaped
 from qwha_cli.recipe.train_section import EvalSection, MergeSection, TrainSection
 
 
@@ -23,7 +23,8 @@ class Recipe(Section):
 
     name: Annotated[
         str,
-        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder: letters, digits, `.`, `_`, `-`."),
+        shaped(r"[A-Za-z0-9][A-Za-z0-9._-]*", expected="a folder's name of letters, digits, `.`, `_` and `-`"),
+        Field(description="Name of the run's folder: letters, digits, `.`, `_`, `-`."),
     ]
     seed: Annotated[Annotated[int, Field(ge=0, lt=2**32)], Field(description="Decides everything random.")] = 0
     output: Annotated[Text, Field(description="Folder of the runs; `~` is expanded.")] = "runs"

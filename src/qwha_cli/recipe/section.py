@@ -5,6 +5,7 @@ A section lists its impossible combinations in `faults`; the loader turns each i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Self
@@ -49,6 +50,18 @@ class Section(BaseModel):
         if faults:
             raise PydanticCustomError(COMBINATION, "impossible combination", {"faults": faults})
         return self
+
+
+def shaped(pattern: str, *, expected: str) -> AfterValidator:
+    """Return a validator that admits texts of a pattern, and says in words what it expects."""
+
+    def check(value: str) -> str:
+        if re.fullmatch(pattern, value) is None:
+            message = f"expected {expected}, got {value}"
+            raise ValueError(message)
+        return value
+
+    return AfterValidator(check)
 
 
 def split_without(word: str, *, because: str) -> AfterValidator:

@@ -1,0 +1,194 @@
+"""The commands that make something: quantize, init, train, eval, merge, run. Each loads a recipe and runs stages to its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from qwha_cli.artifacts.manifest import read_manifest
+from qwha_cli.cli.boundary import guarded
+from qwha_cli.cli.options import (
+    DebugOption,
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    OutputOption,
+    OverridesArgument,
+    RecipeArgument,
+    SeedOption,
+    VerifyOption,
+    shorthands,
+)
+from qwha_cli.cli.output import print_json
+from qwha_cli.errors import ArtifactError, UsageError
+
+RESOLVED = "recipe.resolved.yaml"
+RUNS = Path("runs")
+STAGES = ("quantize", "init", "train", "eval", "merge")
+PANEL = "Stages (each runs what it needs first)"
+# Name, what it does, an example; `eval` stands apart, since its recipe may be left out.
+COMMANDS = {
+    "run": ("Run all stages of a recipe and print what each of them did.", "qwha run smollm2-135m-2bit train.steps=30"),
+    "quantize": ("Quantize the model's linear layers to 2, 3 or 4 bits.", "qwha quantize recipes/llama32-3b-2bit.yaml"),
+    "init": (
+        "Place and fit the adapter so that it undoes quantization error.",
+        "qwha init recipes/llama32-3b-2bit.yaml adapter.rank=32",
+    ),
+    "train": ("Fine-tune the adapter; continues where it was stopped.", "qwha train recipes/llama32-3b-2bit.yaml train.lr=1e-4"),
+    "merge": ("Write base and adapter as an ordinary model folder.", "qwha merge recipes/llama32-3b-2bit.yaml merge.into=fp16"),
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the stage commands to an app."""
+    for name in ("run", "quantize", "init", "train"):
+        _add(app, name)
+    app.command("eval", help=EVAL_HELP, epilog=f"Example: {EVAL_EXAMPLE}", rich_help_panel=PANEL)(evaluate)
+    _add(app, "merge")
+
+
+def _add(app: typer.Typer, name: str) -> None:
+    help_text, example = COMMANDS[name]
+
+    @app.command(name, help=help_text, epilog=f"Example: {example}", rich_help_panel=PANEL)
+    @guarded
+    def command(
+        recipe: RecipeArgument,
+        overrides: OverridesArgument = None,
+        device: DeviceOption = None,
+        seed: SeedOption = None,
+        output: OutputOption = None,
+        force: ForceOption = False,
+        verify: VerifyOption = False,
+        as_json: JsonOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        changes = [*(overrides or []), *shorthands(device=device, seed=seed, output=output)]
+        until = None if name == "run" else name
+        execute(recipe, changes, until=until, force=force, verify=verify, as_json=as_json)
+
+    del command  # Typer holds it
+
+
+EVAL_HELP = "Score the 16-bit, base, initialised, trained and merged model. Without a recipe: the newest run under ./runs."
+EVAL_EXAMPLE = "qwha eval --tasks gsm8k,arc_easy --limit 100"
+
+
+@guarded
+def evaluate(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A path or a shipped recipe; else the newest run.")
+    ] = None,
+    overrides: OverridesArgument = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A[,B]", help="Short for eval.tasks=[A,B]: tasks of lm-eval.", rich_help_panel="Recipe")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Short for eval.limit=N.", rich_help_panel="Recipe")] = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    output: OutputOption = None,
+    force: ForceOption = False,
+    verify: VerifyOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Score every state of the model."""
+    changes = [*(overrides or []), *shorthands(device=device, seed=seed, output=output)]
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        changes.insert(0, recipe)  # `qwha eval eval.limit=5`: the first word is an override already
+        recipe = None
+    changes += [f"eval.tasks={json.dumps(tasks.split(','))}"] if tasks is not None else []
+    changes += [f"eval.limit={limit}"] if limit is not None else []
+    if recipe is None:
+        recipe, found = newest_recipe(output or RUNS)
+        changes += found
+    execute(recipe, changes, until="eval", force=force, verify=verify, as_json=as_json)
+
+
+def execute(
+    reference: str, changes: Sequence[str], *, until: str | None, force: bool = False, verify: bool = False, as_json: bool = False
+) -> None:
+    """Run a recipe's stages up to `until` (None: all) and print the outcome.
+
+    Args:
+        reference: A path or a shipped recipe's name.
+        changes: Overrides.
+        until: The last stage wanted.
+        force: Make that stage (or all) again.
+        verify: Check inputs by sha256.
+        as_json: Print the result as one object on stdout.
+    """
+    from qwha_cli.cli.console import is_first_rank, watching
+    from qwha_cli.cli.tables import results_table
+    from qwha_cli.recipe.load import display_name, load_recipe
+
+    recipe = load_recipe(reference, changes)
+    with watching() as events:
+        say = events.say
+        say(f"recipe   {reference}" + (f"  with {' '.join(changes)}" if changes else ""))
+        from qwha_cli.stages.runner import RunOptions, run_stages  # after the line above: importing torch takes seconds
+
+        forced = () if not force else STAGES if until is None else (until,)
+        result = run_stages(recipe, until=until, events=events, options=RunOptions(force=forced, deep_verify=verify))
+        events.close()
+        if result.table:
+            events.console.print(results_table(result.table, bits=recipe.quantize.bits))
+        say(f"run      {display_name(result.run)}  (its settings: {RESOLVED})")
+        if until is None and is_first_rank():
+            say(f"report   {display_name(_report(result.run, fresh=all(stage.fresh for stage in result.stages.values())))}")
+    if as_json and is_first_rank():
+        print_json(result.to_json())
+
+
+def _report(run: Path, *, fresh: bool) -> Path:
+    """Write a run's report, unless nothing has changed since it was written; return the HTML file."""
+    written = run / "report.html"
+    if fresh and written.is_file():
+        return written
+    from qwha_cli.report.render import write_report
+
+    return write_report(run).html
+
+
+def newest_recipe(runs: Path) -> tuple[str, list[str]]:
+    """Find the run whose last stage was published last, and name it on stderr.
+
+    Args:
+        runs: The folder of the runs.
+
+    Returns:
+        Its resolved recipe, and the override that makes it write there again.
+
+    Raises:
+        UsageError: There is no run.
+    """
+    from qwha_cli.cli.console import stderr_console
+    from qwha_cli.recipe.load import display_name
+
+    found = {folder: _published(folder) for folder in sorted(runs.glob("*")) if (folder / RESOLVED).is_file()}
+    finished = {folder: created for folder, created in found.items() if created}
+    if not finished:
+        raise UsageError(
+            "no recipe given, and no run with a finished stage", where=str(runs), remedy="name a recipe: qwha eval RECIPE"
+        )
+    run = max(finished, key=lambda folder: finished[folder])
+    stderr_console().print(Text(f"newest run: {display_name(run)}"), soft_wrap=True)
+    # the run may have been moved since, or made from another directory
+    return str(run / RESOLVED), [f"name={json.dumps(run.name)}", f"output={json.dumps(str(runs))}"]
+
+
+def _published(run: Path) -> str:
+    """Return the UTC time at which a run's last stage was published; empty where none is readable."""
+    times = [""]
+    for folder in run.glob("[1-5]-*"):
+        try:
+            manifest = read_manifest(folder)
+        except ArtifactError:
+            continue  # a damaged stage says nothing of when the others were made
+        times += [manifest.created] if manifest else []
+    return max(times)
