@@ -1,0 +1,110 @@
+"""Sparse rows and what is made of them: the product, the effective weight, the backend's choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwha_cli.errors import KernelError
+from qwha_cli.kernels.backend import choose
+from qwha_cli.kernels.effective_weight import effective_weight
+from qwha_cli.kernels.hadamard import dense
+from qwha_cli.kernels.sparse_matmul import SparseRows, sparse_matmul
+
+
+@pytest.fixture
+def matrix() -> torch.Tensor:
+    return torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def mask() -> torch.Tensor:
+    chosen = torch.rand(7, 12, generator=torch.Generator().manual_seed(1)) < 0.3
+    chosen[3] = False
+    return chosen
+
+
+def test_rows_from_a_mask_hold_the_masked_entries_in_ascending_order(matrix: torch.Tensor, mask: torch.Tensor) -> None:
+    rows = SparseRows.from_mask(matrix, mask)
+    assert torch.equal(rows.dense(), matrix * mask)
+    assert torch.equal(rows.counts(), mask.sum(dim=1).to(torch.int32))
+    for index in (rows.row_starts, rows.columns, rows.flat_index(), rows.counts(), rows.row_index()):
+        assert index.dtype == torch.int32
+    assert torch.equal(rows.flat_index().long(), mask.flatten().nonzero().flatten())
+
+
+def test_entries_that_are_zero_stay_entries(mask: torch.Tensor) -> None:
+    rows = SparseRows.from_mask(torch.zeros(7, 12), mask)
+    assert rows.values.numel() == int(mask.sum())
+
+
+def test_moving_changes_the_values_dtype_only(matrix: torch.Tensor, mask: torch.Tensor) -> None:
+    rows = SparseRows.from_mask(matrix, mask).to("cpu", torch.bfloat16)
+    assert rows.values.dtype == torch.bfloat16
+    assert rows.columns.dtype == torch.int32
+    assert rows.dense(torch.float32).dtype == torch.float32
+
+
+# one token goes entry by entry, fifty through the dense matrix
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (50, 12), (2, 25, 12), (0, 12)])
+def test_the_sparse_product_is_the_dense_one(shape: tuple[int, ...], matrix: torch.Tensor, mask: torch.Tensor) -> None:
+    z = torch.randn(shape, dtype=torch.float64)
+    rows = SparseRows.from_mask(matrix, mask)
+    assert torch.allclose(sparse_matmul(z, rows), z @ (matrix * mask).T, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_the_sparse_product_differentiates_both_factors(tokens: int, matrix: torch.Tensor, mask: torch.Tensor) -> None:
+    rows = SparseRows.from_mask(matrix, mask)
+    z = torch.randn(tokens, 12, dtype=torch.float64, requires_grad=True)
+    values = rows.values.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, v: sparse_matmul(a, rows.with_values(v)), (z, values))
+
+
+def test_a_wrong_number_of_columns_is_refused(matrix: torch.Tensor, mask: torch.Tensor) -> None:
+    with pytest.raises(KernelError, match="z has 11 columns, the sparse matrix has 12"):
+        sparse_matmul(torch.randn(2, 11), SparseRows.from_mask(matrix, mask))
+
+
+def test_a_matrix_past_32_bit_places_is_refused() -> None:
+    rows = SparseRows(torch.zeros(3, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (2**16, 2**15))
+    with pytest.raises(KernelError, match="65536 x 32768"):
+        rows.flat_index()
+
+
+def test_the_effective_weight_is_base_plus_spectrum_in_its_basis(matrix: torch.Tensor, mask: torch.Tensor) -> None:
+    rows = SparseRows.from_mask(torch.randn(7, 12, dtype=torch.float64), mask)
+    places, spectrum = rows.flat_index(), rows.dense()
+    before = matrix.clone()
+    in_weight = effective_weight(matrix, rows.values, places, basis="weight", scale=0.5)
+    in_hadamard = effective_weight(matrix, rows.values, places, basis="hadamard", scale=0.5)
+    identity = effective_weight(matrix, rows.values, places, basis="weight", scale=0.5, transform="identity")
+    assert torch.allclose(in_weight, matrix + 0.5 * spectrum @ dense(12).T, atol=1e-12)
+    assert torch.allclose(in_hadamard, matrix + 0.5 * spectrum, atol=1e-12)
+    assert torch.equal(identity, in_hadamard)
+    assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("basis", ["weight", "hadamard"])
+def test_the_effective_weight_differentiates_values_at_repeated_places(basis: str, matrix: torch.Tensor) -> None:
+    places = torch.tensor([0, 13, 13, 40], dtype=torch.int32)
+    values = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: effective_weight(matrix, v, places, basis=basis, scale=2.0), (values,))
+    difference = effective_weight(matrix, values, places, basis="hadamard", scale=1.0) - matrix
+    assert torch.allclose(difference[1, 1], values[1] + values[2])
+
+
+def test_zero_values_leave_the_base_bit_for_bit(matrix: torch.Tensor) -> None:
+    places = torch.tensor([1, 2], dtype=torch.int32)
+    for basis in ("weight", "hadamard"):
+        assert torch.equal(effective_weight(matrix, torch.zeros(2), places, basis=basis, scale=1.0), matrix)
+
+
+def test_the_backend_and_its_reason_are_told() -> None:
+    assert choose("auto", op="wht").name == "torch"
+    assert "only" in choose("auto", op="wht").reason
+    assert choose("torch", op="wht").reason == "asked for"
+    with pytest.raises(KernelError, match="no Triton kernel") as caught:
+        choose("triton", op="wht")
+    assert caught.value.where == "wht"
+    assert caught.value.remedy == "use backend auto or torch"
