@@ -1,0 +1,93 @@
+"""Gram matrices XᵀX of the inputs of linear layers, summed over all tokens and batches.
+
+Layers that are given the same tensor (q, k and v; gate and up) share one Gram, found by the identity of their input, so it is
+computed once. No mean and no factor 2: GPTQ and the adapter's initialisation only use ratios, and a plain sum adds up over
+batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qwha_cli.errors import ModelError
+
+
+class GramAccumulator:
+    """Collects XᵀX for several linear layers while a model runs; a context manager that hooks in and out.
+
+    Args:
+        layers: Name to module; a module is given its input as first argument, (..., in_features).
+        dtype: Of the sums, float32 or float64. Inputs are cast to it before the product: a bfloat16 product would round away
+            small eigenvalues that GPTQ's factorisation needs.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], *, dtype: torch.dtype = torch.float32) -> None:
+        self._layers = dict(layers)
+        self._dtype = dtype
+        self._grams: dict[str, Tensor] = {}  # leader -> sum
+        self._leader: dict[str, str] = {}  # layer -> the first layer that had the same input
+        # inputs of the running forward, kept alive so that a freed tensor's id cannot come back for another
+        self._inputs: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> GramAccumulator:
+        for name, module in self._layers.items():
+            self._handles.append(module.register_forward_pre_hook(_Hook(self, name)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._inputs.clear()
+
+    def next_batch(self) -> None:
+        """Say that one forward pass is over; inputs of the next are compared among themselves only."""
+        self._inputs.clear()
+
+    def result(self) -> dict[str, Tensor]:
+        """Layer name to its (in, in) Gram; layers with a common input get the same tensor object.
+
+        Raises:
+            ModelError: A layer was never run.
+        """
+        missing = [name for name in self._layers if name not in self._leader]
+        if missing:
+            raise ModelError(
+                "calibration never reached this layer, so nothing is known of its inputs",
+                where=f"layer {missing[0]}",
+                remedy="leave it in 16 bits with adapter.exclude",
+            )
+        return {name: self._grams[self._leader[name]] for name in self._layers}
+
+    def see(self, name: str, value: Tensor) -> None:
+        """Add one layer's input, (..., in_features)."""
+        if name not in self._leader:
+            same = next((other for other, seen in self._inputs.items() if seen is value), name)
+            self._leader[name] = self._leader.get(same, name)
+        self._inputs[name] = value
+        if self._leader[name] != name:
+            return
+        # no autocast here: it would turn the product back into half precision
+        with torch.autocast(value.device.type, enabled=False):
+            rows = value.detach().reshape(-1, value.shape[-1]).to(self._dtype)
+            if name in self._grams:
+                self._grams[name].addmm_(rows.T, rows)
+            else:
+                self._grams[name] = rows.T @ rows
+
+
+class _Hook:
+    """A forward pre-hook that knows the name of its layer."""
+
+    def __init__(self, owner: GramAccumulator, name: str) -> None:
+        self._owner = owner
+        self._name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._owner.see(self._name, args[0])

@@ -1,0 +1,269 @@
+"""Running calibration tokens through a model one decoder block at a time.
+
+The hidden states of all samples wait on the CPU; only the block whose turn it is lies on the compute device. The caller may
+change the block during its turn (quantize its layers, add adapters); when the iteration goes on, the changed block makes the
+inputs of the next one, so that every block is calibrated on what it will really see.
+
+What a block is called with besides hidden states (rotary tables, masks, sliding windows) differs by architecture and by layer.
+It is not computed here but recorded: the model's own decoder runs once with recorders in place of its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qwha_cli.errors import ModelError
+from qwha_cli.models.gram import GramAccumulator
+from qwha_cli.models.targets import SUPPORTED, decoder_blocks
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What a block is called with, but for its hidden states."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+
+
+@dataclass
+class _Walk:
+    """What the blocks of one walk share: the hidden states between them, and how to call a block."""
+
+    device: torch.device
+    dtype: torch.dtype
+    hidden: list[Tensor]
+    # by number of samples in a batch, since the last may be smaller: one call a block
+    calls: dict[int, list[BlockCall]]
+    # where inputs were already replaced by outputs of the block `done - 1`
+    done: int = 0
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype in HALF else nullcontext()
+
+
+@dataclass
+class Block:
+    """A decoder block during its turn, its module on the compute device.
+
+    Attributes:
+        index: Its number, from 0.
+        name: Its path in the model, "model.layers.3".
+        module: The block; layers in it may be replaced.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    _walk: _Walk = field(repr=False)
+    _place: _Place = field(repr=False)
+
+    @property
+    def hidden_states(self) -> list[Tensor]:
+        """The batches (samples, length, hidden) on the CPU: this block's inputs, and its outputs after `advance`."""
+        return self._walk.hidden
+
+    def grams(self, names: Sequence[str], *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """XᵀX of the inputs of layers in this block, over all calibration tokens, by one pass through the block as it is now.
+
+        Args:
+            names: Full paths in the model, each inside this block.
+            dtype: Of the sums, float32 or float64.
+
+        Returns:
+            Name to (in, in) tensor on the compute device; layers with a common input share one tensor object.
+
+        Raises:
+            ModelError: A layer lies in another block, or was never run.
+        """
+        layers: dict[str, nn.Module] = {}
+        for name in names:
+            if not name.startswith(f"{self.name}."):
+                raise ModelError(
+                    f"this layer is not in block {self.name}", where=f"layer {name}", remedy="ask the block it is in"
+                )
+            layers[name] = self.module.get_submodule(name.removeprefix(f"{self.name}."))
+        if not layers:
+            return {}
+        self._place.enter()
+        with GramAccumulator(layers, dtype=dtype) as accumulator:
+            for batch in range(len(self._walk.hidden)):
+                self._run(batch)
+                accumulator.next_batch()
+            return accumulator.result()
+
+    def advance(self) -> None:
+        """Replace the hidden states by this block's outputs, once; iteration does it by itself between blocks."""
+        if self._walk.done > self.index:
+            return
+        self._place.enter()
+        for batch in range(len(self._walk.hidden)):
+            output = self._run(batch)
+            self._walk.hidden[batch] = output.to(device="cpu", dtype=self._walk.dtype)
+        self._walk.done = self.index + 1
+
+    def _run(self, batch: int) -> Tensor:
+        hidden = self._walk.hidden[batch]
+        call = self._walk.calls[hidden.shape[0]][self.index]
+        with torch.no_grad(), self._walk.autocast():
+            moved: dict[int, object] = {}
+            args = [_to(value, self._walk.device, moved) for value in call.args]
+            kwargs = {name: _to(value, self._walk.device, moved) for name, value in call.kwargs.items()}
+            return _first(self.module(hidden.to(self._walk.device), *args, **kwargs))
+
+
+def walk(
+    model: nn.Module, tokens: Tensor, *, device: torch.device | str, batch_size: int, dtype: torch.dtype = torch.float32
+) -> Iterator[Block]:
+    """Walk through a model's decoder blocks with calibration tokens.
+
+    The last block is not run unless asked for by `Block.advance`. Every block's weights return to their device and dtype when its
+    turn ends, also when the walk is left early.
+
+    Args:
+        model: A decoder-only model of transformers, quantized or not. Embeddings run where they are, so keep it on the CPU.
+        tokens: int64 (samples, length), no padding.
+        device: Where the block of the turn computes.
+        batch_size: Samples a pass.
+        dtype: Of the hidden states between blocks. float32 computes in float32 whatever the weights are; a half type computes
+            under autocast.
+
+    Yields:
+        Each block in its turn, its module on `device`.
+
+    Raises:
+        ModelError: No decoder blocks found, or a decoder that cannot be run block by block.
+    """
+    blocks = decoder_blocks(model)
+    was_training = model.training
+    model.eval()
+    try:
+        hidden, calls = _record(model, blocks, tokens, batch_size=batch_size, dtype=dtype)
+        state = _Walk(torch.device(device), dtype, hidden, calls)
+        for index, (name, module) in enumerate(blocks):
+            place = _Place(module, state.device, exact=dtype == torch.float32)
+            block = Block(index, name, module, state, place)
+            try:
+                place.enter()
+                yield block
+                if index + 1 < len(blocks):
+                    block.advance()
+            finally:
+                place.leave()
+    finally:
+        model.train(was_training)
+
+
+class _Place:
+    """Puts a block on the compute device, in float32 if `exact`, and back to where and what it was."""
+
+    def __init__(self, module: nn.Module, device: torch.device, *, exact: bool) -> None:
+        self._module = module
+        self._device = device
+        self._exact = exact
+        first = next(iter([*module.parameters(), *module.buffers()]), None)
+        self._home = first.device if first is not None else torch.device("cpu")
+        self._casts: dict[nn.Parameter, torch.dtype] = {}
+
+    def enter(self) -> None:
+        """Move what is not there yet: the caller may have put new layers into the block since the last time."""
+        self._module.to(self._device)
+        for parameter in self._module.parameters() if self._exact else ():
+            if parameter.dtype in HALF:
+                # parameters only: buffers hold codes and scales whose dtype is part of their format
+                self._casts[parameter] = parameter.dtype
+                parameter.data = parameter.data.float()
+
+    def leave(self) -> None:
+        for parameter, dtype in self._casts.items():
+            parameter.data = parameter.data.to(dtype)
+        self._casts.clear()
+        self._module.to(self._home)
+
+
+class _AllRecorded(Exception):
+    """Every block has been called: no error, it ends a forward pass whose rest would be wasted."""
+
+
+class _Recorder(nn.Module):
+    """Stands in a block's place and notes what it is called with; hands the same hidden states to the next."""
+
+    def __init__(self, block: nn.Module, seen: list[tuple[Tensor, BlockCall]], *, last: bool) -> None:
+        super().__init__()
+        # hidden in a tuple: as a submodule it would be counted, moved and hooked
+        self._block = (block,)
+        self._seen = seen
+        self._last = last
+
+    def __getattr__(self, name: str) -> object:  # pyright: ignore[reportIncompatibleMethodOverride] - nn.Module returns Any
+        # decoders read attributes of their blocks, such as the kind of attention
+        return getattr(self._block[0], name) if not name.startswith("_") else super().__getattr__(name)
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Note the call; the hidden states are the first argument or named."""
+        named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        hidden = cast("Tensor", args[0] if args else kwargs["hidden_states"])
+        self._seen.append((hidden, BlockCall(args[1:], named)))
+        if self._last:
+            raise _AllRecorded
+        return hidden
+
+
+def _record(
+    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], tokens: Tensor, *, batch_size: int, dtype: torch.dtype
+) -> tuple[list[Tensor], dict[int, list[BlockCall]]]:
+    """The first block's inputs for every batch, and for every batch size what each block is called with."""
+    path = blocks[0][0].rpartition(".")[0]
+    owner, modules = model.get_submodule(path.rpartition(".")[0]), cast("nn.ModuleList", model.get_submodule(path))
+    embed = cast("Callable[[], nn.Module]", getattr(owner, "get_input_embeddings"))()  # noqa: B009 - not known to nn.Module
+    hidden: list[Tensor] = []
+    calls: dict[int, list[BlockCall]] = {}
+    seen: list[tuple[Tensor, BlockCall]] = []
+    try:
+        for index, (_, block) in enumerate(blocks):
+            modules[index] = _Recorder(block, seen, last=index + 1 == len(blocks))
+        for batch in tokens.split(batch_size):
+            seen.clear()
+            with torch.no_grad():
+                inputs = embed(batch.to(next(embed.parameters()).device))
+                # rotary tables take the dtype of the embeddings: never coarser than the weights or the walk
+                inputs = inputs.float() if dtype == torch.float32 else inputs
+                with suppress(_AllRecorded):
+                    owner(inputs_embeds=inputs, use_cache=False)
+            if len(seen) != len(blocks):
+                raise ModelError(
+                    f"{type(owner).__name__} called {len(seen)} of its {len(blocks)} blocks once",
+                    remedy=f"use a supported model: {SUPPORTED}",
+                )
+            hidden.append(seen[0][0].to(device="cpu", dtype=dtype))
+            calls.setdefault(len(batch), [call for _, call in seen])
+    finally:
+        for index, (_, block) in enumerate(blocks):
+            modules[index] = block
+    return hidden, calls
+
+
+def _to(value: object, device: torch.device, moved: dict[int, object]) -> object:
+    """Move the tensors in a nest of tuples, lists and dicts; what occurs twice is moved once."""
+    if isinstance(value, Tensor):
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
+    if isinstance(value, dict):
+        return {name: _to(item, device, moved) for name, item in cast("dict[str, object]", value).items()}
+    if isinstance(value, tuple | list):
+        items = [_to(item, device, moved) for item in cast("Sequence[object]", value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
+
+
+def _first(output: object) -> Tensor:
+    """A block's hidden states; some architectures return them first in a tuple."""
+    return cast("Tensor", cast("Sequence[object]", output)[0] if isinstance(output, tuple) else output)
