@@ -107,14 +107,12 @@ def collect(run: Path) -> RunReport:
 def stale_stages(manifests: Mapping[str, Manifest]) -> dict[str, tuple[str, ...]]:
     """Return, for each stage made from inputs that are no longer the ones present, the names of those inputs."""
     found: dict[str, tuple[str, ...]] = {}
-    for stage, manifest in manifests.items():
-        changed = [
-            name
-            for name, key in manifest.inputs.items()
-            if name in found or (name in manifests and manifests[name].key != key)  # what comes after a stale stage is stale too
-        ]
-        if changed:
-            found[stage] = tuple(changed)
+    # What comes after a stale stage is stale too; repeated, because evaluation may come before or after the merge.
+    for _ in manifests:
+        for stage, manifest in manifests.items():
+            changed = [n for n, key in manifest.inputs.items() if n in found or (n in manifests and manifests[n].key != key)]
+            if changed:
+                found[stage] = tuple(changed)
     return found
 
 

@@ -7,7 +7,7 @@ import re
 from qwha_cli.report import wording
 from qwha_cli.report.collect import STAGE_FOLDERS, RunReport
 from qwha_cli.report.page import COLUMNS, ROW_NAMES, missing_sentence, summary_line, task_names, task_text
-from qwha_cli.report.page_details import cut, environment_lines, shown_samples
+from qwha_cli.report.page_details import counted, cut, environment_lines, grouped, shown_samples
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#])")
 _PICTURES = (
@@ -77,10 +77,10 @@ def _samples(report: RunReport) -> list[str]:
     shown = shown_samples(report)
     if not shown:
         return []
-    parts = [f"## Samples\n\nThe first of {len(report.samples)} questions, none chosen by hand."]
+    parts = [f"## Samples\n\n{counted(report)}, none chosen by hand."]
     for sample in shown:
         parts.append(f"**Question.** {plain(cut(sample.question))}\n\n**Expected.** {plain(cut(sample.expected))}")
-        for answer in sample.answers:
+        for answer in grouped(sample.answers):
             verdict = {True: ", right", False: ", wrong", None: ""}[answer.correct]
             parts.append(f"{answer.row}{verdict}:\n\n{fenced(cut(answer.text) or '(nothing)')}")
     return parts

@@ -222,7 +222,7 @@ def _layers(report: RunReport) -> Safe:
 
 def _heat_map(records: Sequence[Mapping[str, object]], key: str, caption: str, limits: tuple[float, float] | None) -> Safe:
     picture = _picture(lambda out, theme: plots.layer_heatmap(records, key, out, limits=limits, theme=theme), caption)
-    return _figure(picture, caption)
+    return _figure(picture, caption, wide=True)
 
 
 def _worst(records: Sequence[Mapping[str, object]], key: str) -> Safe:
@@ -259,5 +259,6 @@ def _picture(draw: Callable[[BinaryIO, Theme], None], text: str) -> Safe:
     return element("picture", dark, element("img", src=uris["light"], alt=text))
 
 
-def _figure(picture: Safe, caption: str) -> Safe:
-    return element("figure", scrolling(picture, caption), element("figcaption", caption))
+def _figure(picture: Safe, caption: str, *, wide: bool = False) -> Safe:
+    attributes = {"class_": "wide"} if wide else {}
+    return element("figure", scrolling(picture, caption), element("figcaption", caption), **attributes)

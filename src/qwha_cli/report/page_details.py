@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qwha_cli.artifacts.manifest import Manifest
 from qwha_cli.report import wording
@@ -33,6 +33,20 @@ def shown_samples(report: RunReport) -> list[Sample]:
     return shown
 
 
+def counted(report: RunReport) -> str:
+    """Say how many of the questions are shown."""
+    shown, total = len(shown_samples(report)), len(report.samples)
+    return f"All {total} questions" if shown == total else f"The first {shown} of {total} questions"
+
+
+def grouped(answers: Sequence[Answer]) -> list[Answer]:
+    """Return the answers with equal ones under all their rows' names; the merged model usually says what the trained one does."""
+    groups: dict[tuple[str, bool | None], list[str]] = {}
+    for answer in answers:
+        groups.setdefault((answer.text, answer.correct), []).append(answer.row)
+    return [Answer(", ".join(rows), text, correct) for (text, correct), rows in groups.items()]
+
+
 def cut(text: str) -> str:
     """Return a text, shortened where it is very long, with the number of characters left out."""
     left_out = len(text) - LONGEST_ANSWER
@@ -43,7 +57,7 @@ def _samples(report: RunReport) -> Safe:
     shown = shown_samples(report)
     if not shown:
         return Safe("")
-    caption = f"The first of {len(report.samples)} questions, in the order of the evaluation; none chosen by hand."
+    caption = f"{counted(report)}, in the order of the evaluation; none chosen by hand."
     return section("Samples", *(_sample(sample) for sample in shown), element("p", caption, class_="caption"))
 
 
@@ -52,7 +66,7 @@ def _sample(sample: Sample) -> Safe:
         "div",
         element("p", cut(sample.question), class_="question"),
         element("p", f"Expected: {cut(sample.expected)}", class_="expected"),
-        element("div", *(_answer(answer) for answer in sample.answers), class_="answers"),
+        element("div", *(_answer(answer) for answer in grouped(sample.answers)), class_="answers"),
         class_="sample",
     )
 

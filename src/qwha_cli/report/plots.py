@@ -91,13 +91,13 @@ def loss_curve(metrics: Path | Records, out: Path | BinaryIO, *, theme: Theme = 
 
 
 def running_mean(values: Sequence[float], *, share: float = 0.05) -> list[float]:
-    """Return the exponential mean over about `share` of the values, without the usual pull toward the start."""
-    keep = 1 - 1 / max(1.0, share * len(values))
-    mean, weight, smoothed = 0.0, 0.0, list[float]()
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(mean / weight)
-    return smoothed
+    """Return the mean over a centred window of about `share` of the values; a trailing one would lag behind a falling loss."""
+    half, count = round(share * len(values)) // 2, len(values)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    # Near the ends only the part of the window inside the data counts.
+    first = np.maximum(np.arange(count) - half, 0)
+    last = np.minimum(np.arange(count) + half + 1, count)
+    return [float(mean) for mean in (sums[last] - sums[first]) / (last - first)]
 
 
 def layer_heatmap(
@@ -127,9 +127,8 @@ def layer_heatmap(
     low, high = limits or ((float(known.min()), float(known.max())) if known.size else (1e-6, 1.0))
     norm = LogNorm(vmin=low, vmax=max(high, low * 1.0001), clip=True)
     count = grid.shape[1]
-    figure, axes, colours = _canvas(min(15.0, max(5.2, 1.9 + 0.37 * count)), 1.35 + 0.36 * len(names), theme)
-    scale = LinearSegmentedColormap.from_list("error", colours.scale)
-    scale.set_bad(colours.paper)
+    figure, axes, colours = _canvas(min(13.0, max(5.2, 1.75 + 0.265 * count)), 0.95 + 0.3 * len(names), theme)
+    scale = LinearSegmentedColormap.from_list("error", colours.scale).with_extremes(bad=colours.paper)
     # A zero error is not missing: it gets the lowest colour.
     shown = np.where(grid <= 0, low, grid)
     image = axes.imshow(np.ma.masked_invalid(shown), aspect="auto", cmap=scale, norm=norm, interpolation="nearest")
@@ -212,7 +211,7 @@ def _annotate(axes: Axes, grid: np.ndarray, norm: LogNorm, colours: _Colours, th
         dark_cell = (float(norm(found)) if found > 0 else 0.0) > 0.52
         on_dark = dark_cell if theme == "light" else not dark_cell
         text = f"{100 * found:.0f}" if found >= 0.0995 else f"{100 * found:.1f}" if found >= 0.0005 else "0"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7, color="#ffffff" if on_dark else "#12161d")
+        axes.text(column, row, text, ha="center", va="center", fontsize=6.6, color="#ffffff" if on_dark else "#12161d")
 
 
 def _colour_bar(figure: Figure, axes: Axes, image: object, *, low: float, high: float, colours: _Colours) -> None:

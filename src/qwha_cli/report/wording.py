@@ -12,6 +12,8 @@ from qwha_cli.report.collect import RunReport
 from qwha_cli.report.table import TableRow, number
 
 ABSENT = "–"
+# No line may break between a number and its unit.
+_GAP = "\u00a0"
 
 
 def perplexity(value: float | None) -> str:
@@ -30,15 +32,15 @@ def percent(value: float | None, *, digits: int = 1) -> str:
     if value is None:
         return ABSENT
     if value and abs(value) < 5 * 10 ** -(digits + 3):
-        return f"{100 * value:.1g} %"
-    return f"{100 * value:.{digits}f} %"
+        return f"{100 * value:.1g}{_GAP}%"
+    return f"{100 * value:.{digits}f}{_GAP}%"
 
 
 def with_error(value: float | None, stderr: float | None) -> str:
     """A fraction as a percentage with its standard error."""
     if value is None or stderr is None:
         return percent(value)
-    return f"{100 * value:.1f} ± {100 * stderr:.1f} %"
+    return f"{100 * value:.1f}{_GAP}±{_GAP}{100 * stderr:.1f}{_GAP}%"
 
 
 def bits(value: float | None) -> str:
@@ -51,21 +53,29 @@ def megabytes(value: float | None) -> str:
     return ABSENT if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def scientific(value: float) -> str:
+    """Two significant digits, with a power of ten where a plain number would be long."""
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.2g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}{_GAP}·{_GAP}10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds below two minutes, minutes below two hours, hours above."""
     if seconds is None:
         return ABSENT
     if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.0f}{_GAP}s" if seconds >= 10 else f"{seconds:.1f}{_GAP}s"
+    return f"{seconds / 60:.1f}{_GAP}min" if seconds < 7200 else f"{seconds / 3600:.1f}{_GAP}h"
 
 
 def size(count: int) -> str:
     """A number of bytes with a unit of 10^3."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
-            return f"{count / scale:,.1f} {unit}"
-    return f"{count} B"
+            return f"{count / scale:,.1f}{_GAP}{unit}"
+    return f"{count}{_GAP}B"
 
 
 def wins(report: RunReport) -> list[str]:
@@ -96,9 +106,10 @@ def _gap(rows: dict[str, TableRow], field: str, what: str) -> str:
     value = found[last]
     verb = "fell" if value < base else "rose"
     text = f"Perplexity on {what} {verb} from {perplexity(base)} (quantized) to {perplexity(value)} ({_named(last)})"
+    text += _against_original(found, base, value)
     if last == "trained" and "init" in found:
-        text += f"; initialisation alone, before any training, gave {perplexity(found['init'])}"
-    return text + _against_original(found, base, value)
+        text += f" Initialisation alone, before any training, gave {perplexity(found['init'])}."
+    return text
 
 
 def _against_original(found: dict[str, float], base: float, value: float) -> str:
@@ -106,11 +117,11 @@ def _against_original(found: dict[str, float], base: float, value: float) -> str
     if original is None or not original < base:
         return "."
     if value < original:
-        return f". That is below the 16-bit model's {perplexity(original)}, which was not fine-tuned on this data."
+        return f". That is below the {perplexity(original)} of the 16-bit model, which was not fine-tuned on this data."
     if value >= base:
-        return f". The 16-bit model has {perplexity(original)}."
+        return f"; the 16-bit model has {perplexity(original)}."
     share = (math.log(base) - math.log(value)) / (math.log(base) - math.log(original))
-    return f". That closes {100 * share:.0f} % of the gap in loss to the 16-bit model's {perplexity(original)}."
+    return f". That closes {100 * share:.0f}{_GAP}% of the gap in loss to the 16-bit model's {perplexity(original)}."
 
 
 def _named(row: str) -> str:
@@ -152,7 +163,7 @@ def _space(rows: dict[str, TableRow]) -> str:
     if original is None or small is None or not original.megabytes or not small.megabytes:
         return ""
     return (
-        f"The weights take {megabytes(small.megabytes)} MB instead of {megabytes(original.megabytes)} MB "
+        f"The weights take {megabytes(small.megabytes)}{_GAP}MB instead of {megabytes(original.megabytes)}{_GAP}MB "
         f"({original.megabytes / small.megabytes:.1f} times less); a quantized weight costs {bits(small.bits_per_weight)} bits, "
         "adapter included."
     )
@@ -164,6 +175,6 @@ def _merge(report: RunReport) -> str:
         return ""
     prompts = f" over {report.check['prompts']} prompts" if "prompts" in report.check else ""
     return (
-        f"The merged model differs from base plus adapter by at most {difference:.2g} in a logit "
-        f"and by a divergence of {divergence:.2g} nats{prompts}."
+        f"The merged model differs from base plus adapter by at most {scientific(difference)} in a logit "
+        f"and by a divergence of {scientific(divergence)} nats{prompts}."
     )
