@@ -115,7 +115,7 @@ def _header(report: RunReport) -> Safe:
 
 
 def _result(report: RunReport) -> Safe:
-    warnings = [missing_sentence(report)] if report.missing else []
+    warnings = [missing_sentence(report).replace("`", "")] if report.missing else []
     warnings += [f"{stage} was made from an older {' and '.join(names)}; run it again." for stage, names in report.stale.items()]
     parts = [element("p", text, class_="warning") for text in warnings]
     if not report.table:
@@ -131,9 +131,11 @@ def _result(report: RunReport) -> Safe:
     rows = [_table_row(row, columns, tasks, largest) for row in report.table]
     table = element("table", element("thead", head), element("tbody", *rows))
     caption = (
-        "Bars show the loss on held-out answers. Layer error is the squared error of a layer's outputs over calibration inputs, "
-        "as a share of the outputs themselves. Bits count everything stored for a quantized weight, adapter included."
+        "Layer error is the squared error of a layer's outputs over calibration inputs, as a share of the outputs themselves. "
+        "Bits count everything stored for a quantized weight, adapter included."
     )
+    if largest:
+        caption = "Bars show the loss on held-out answers. " + caption
     return section("Result", *parts, scrolling(table, "Result"), element("p", caption, class_="caption"))
 
 

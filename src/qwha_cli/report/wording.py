@@ -162,10 +162,10 @@ def _space(rows: dict[str, TableRow]) -> str:
     small = rows.get("trained") or rows.get("init") or rows.get("base")
     if original is None or small is None or not original.megabytes or not small.megabytes:
         return ""
+    adapter = "" if small.row == "base" else ", adapter included"
     return (
         f"The weights take {megabytes(small.megabytes)}{_GAP}MB instead of {megabytes(original.megabytes)}{_GAP}MB "
-        f"({original.megabytes / small.megabytes:.1f} times less); a quantized weight costs {bits(small.bits_per_weight)} bits, "
-        "adapter included."
+        f"({original.megabytes / small.megabytes:.1f} times less); a quantized weight costs {bits(small.bits_per_weight)} bits{adapter}."
     )
 
 
