@@ -67,7 +67,7 @@ def test_layers_that_got_worse_are_not_counted_as_better() -> None:
 
 def test_size_is_compared_with_16_bits() -> None:
     rows = (TableRow(row="16-bit", megabytes=269.0), TableRow(row="trained", megabytes=62.0, bits_per_weight=3.4))
-    assert "62.0 MB instead of 269 MB (4.3 times less); a quantized weight costs 3.40 bits" in sentences(report(*rows))
+    assert "62.0 MB instead of 269 MB, 4.3 times less; a quantized weight costs 3.40 bits" in sentences(report(*rows))
 
 
 def test_the_merge_check_is_quoted() -> None:

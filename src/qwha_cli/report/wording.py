@@ -164,8 +164,9 @@ def _space(rows: dict[str, TableRow]) -> str:
         return ""
     adapter = "" if small.row == "base" else ", adapter included"
     return (
-        f"The weights take {megabytes(small.megabytes)}{_GAP}MB instead of {megabytes(original.megabytes)}{_GAP}MB "
-        f"({original.megabytes / small.megabytes:.1f} times less); a quantized weight costs {bits(small.bits_per_weight)} bits{adapter}."
+        f"The weights take {megabytes(small.megabytes)}{_GAP}MB instead of {megabytes(original.megabytes)}{_GAP}MB, "
+        f"{original.megabytes / small.megabytes:.1f} times less; "
+        f"a quantized weight costs {bits(small.bits_per_weight)} bits{adapter}."
     )
 
 
