@@ -67,7 +67,9 @@ def stderr_console() -> Console:
 
 def wants_live(console: Console) -> bool:
     """Say whether bars can be redrawn in place: a terminal, and nobody's log."""
-    return console.is_terminal and os.environ.get("CI", "").lower() not in ("1", "true") and os.environ.get("TERM") != "dumb"
+    # isatty as well: FORCE_COLOR makes rich take any file for a terminal
+    terminal = console.is_terminal and console.file.isatty() and os.environ.get("TERM") != "dumb"
+    return terminal and os.environ.get("CI", "").lower() not in ("1", "true")
 
 
 class ConsoleEvents:
@@ -83,13 +85,16 @@ class ConsoleEvents:
         self.live = live
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._stage = ""
         self._last_line = -1
+
+    def say(self, text: str) -> None:
+        """Print one plain line, however long."""
+        self.console.print(Text(text), soft_wrap=True)
 
     def stage_started(self, name: str, reason: str) -> None:
         """Say that a stage begins, and why."""
         self.close()
-        self._stage, self._last_line = name, -1
+        self._last_line = -1
         self.console.print(Text.assemble((f"{name:<9}", "bold cyan"), "running", (f"  ({reason})" if reason else "", "dim")))
 
     def stage_fresh(self, name: str, path: Path) -> None:
@@ -111,7 +116,7 @@ class ConsoleEvents:
         tenth = done * LINES_A_STAGE // max(total, 1)
         if tenth != self._last_line or done == total:
             self._last_line = tenth
-            self.console.print(Text(f"{stage:<9}{done}/{total}  {text}"), soft_wrap=True)
+            self.say(f"{stage:<9}{done}/{total}  {text}")
 
     def note(self, stage: str, text: str) -> None:
         """Print a fallback or a choice."""
@@ -177,15 +182,13 @@ class TrainingDisplay:
             events.progress("train", metrics.step, self._total, text)
         elif metrics.step % LINES_A_STAGE == 0 or metrics.step in (self._first + 1, self._total):
             left = (time.monotonic() - self._started) / (metrics.step - self._first) * (self._total - metrics.step)
-            events.console.print(
-                Text(f"train    step {metrics.step}/{self._total}  {text}  {duration(left)} left"), soft_wrap=True
-            )
+            events.say(f"train    step {metrics.step}/{self._total}  {text}  {duration(left)} left")
 
     def validation(self, step: int, loss: float) -> None:
         """The held-out examples were scored."""
         self._validation = f"  validation {loss:.4f}"
         if not self._events.live:
-            self._events.console.print(Text(f"train    step {step}/{self._total}  validation loss {loss:.4f}"), soft_wrap=True)
+            self._events.say(f"train    step {step}/{self._total}  validation loss {loss:.4f}")
 
     def note(self, text: str) -> None:
         """Print a choice or a resumption."""

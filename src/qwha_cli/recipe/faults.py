@@ -11,11 +11,9 @@ from pydantic_core import ErrorDetails
 
 from qwha_cli.catalog import nearest
 from qwha_cli.errors import Problem
-from qwha_cli.recipe.keys import suggest
+from qwha_cli.recipe.keys import Path, dotted_name, suggest
 from qwha_cli.recipe.positions import Node, locate
 from qwha_cli.recipe.section import COMBINATION, UNKNOWN_NAME, Fault
-
-Path = tuple[str | int, ...]
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -110,14 +108,6 @@ def _message(detail: ErrorDetails) -> tuple[str, str | None]:
     if kind in bounds:
         return f"must be {bounds[kind]()}, {got}" if kind != "too_short" else f"needs {bounds[kind]()}", None
     return f"{detail['msg']}, {got}", None
-
-
-def dotted_name(path: Path) -> str:
-    """Return a path as it is written in overrides: `eval.tasks[0].name`."""
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
-    return text
 
 
 def show(value: object) -> str:

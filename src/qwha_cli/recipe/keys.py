@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from pydantic.fields import FieldInfo
 from qwha_cli.catalog import nearest
 from qwha_cli.recipe.schema import Recipe
 from qwha_cli.recipe.section import Section
+
+Path = tuple[str | int, ...]
+# How alike two words must be for one to be the other, mistyped.
+TYPO = 0.75
 
 _WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", types.NoneType: "null"}
 
@@ -40,7 +45,7 @@ def list_keys(section: type[Section] = Recipe, *, prefix: str = "") -> Iterator[
             yield from list_keys(inner, prefix=f"{dotted}[]." if many else f"{dotted}.")
 
 
-def keys_at(path: tuple[str | int, ...]) -> list[str]:
+def keys_at(path: Path) -> list[str]:
     """Return the keys that the section at `path` has; empty where there is no section."""
     section: type[Section] = Recipe
     for step in path:
@@ -54,24 +59,33 @@ def keys_at(path: tuple[str | int, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def suggest(path: tuple[str | int, ...]) -> str | None:
+def suggest(path: Path) -> str | None:
     """Return the dotted valid key that an unknown key at `path` most likely means, or None.
 
-    A near miss at the same level comes first, then the same word in another section, then a near miss anywhere.
+    A typo at the same level comes first, then the same word in another section, then whatever is near: here, else elsewhere.
     """
     *parents, last = path
-    word = str(last)
-    prefix = ".".join(str(step) for step in parents)
-    here = keys_at(tuple(parents))
-    elsewhere = [key.name for key in list_keys() if "[]" not in key.name]
-    close = nearest(word, here)
-    if close:
-        return f"{prefix}.{close}" if prefix else close
-    same = [name for name in elsewhere if name.rpartition(".")[2] == word]
-    if same:
-        # the section that shares most of the path with the misplaced key
-        return min(same, key=lambda name: (not name.startswith(f"{prefix}."), name.count("."), name))
-    return nearest(f"{prefix}.{word}" if prefix else word, elsewhere)
+    word, here = str(last), tuple(parents)
+    siblings = keys_at(here)
+    elsewhere = {key.name: key.name.rpartition(".")[2] for key in list_keys() if "[]" not in key.name}
+    if typo := difflib.get_close_matches(word, siblings, n=1, cutoff=TYPO):
+        return dotted_name((*here, typo[0]))
+    for meant in (word, *difflib.get_close_matches(word, set(elsewhere.values()), n=1, cutoff=TYPO)):
+        same = [name for name, leaf in elsewhere.items() if leaf == meant]
+        if same:
+            # of several, one below the section that the key was put into; else the least deep
+            prefix = f"{dotted_name(here)}."
+            return min(same, key=lambda name: (not name.startswith(prefix), name.count("."), name))
+    near = nearest(word, siblings)
+    return dotted_name((*here, near)) if near else None
+
+
+def dotted_name(path: Path) -> str:
+    """Return a path as it is written in overrides: `eval.tasks[0].name`."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
 
 
 def _inner_section(annotation: object) -> tuple[type[Section] | None, bool]:

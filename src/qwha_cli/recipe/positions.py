@@ -21,6 +21,8 @@ _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NULLS: dict[str, Scalar] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
 _WORDS: dict[str, Scalar] = {**_NULLS, "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+# What PyYAML gives to values without a tag; our own reading of plain scalars replaces its.
+_PLAIN_TAGS = frozenset({"null", "bool", "int", "float", "str", "seq", "map", "timestamp", "value", "merge"})
 
 
 @dataclass
@@ -116,7 +118,7 @@ class _Reader:
             self.problems.append(Problem(where, "anchors and aliases are not supported", "share settings with `extends:`"))
             return Node(None, where)
         self._seen.add(id(node))
-        if not node.tag.startswith("tag:yaml.org,2002:"):
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
             self.problems.append(Problem(where, f"the tag {node.tag} is not supported"))
         if isinstance(node, yaml.MappingNode):
             return Node(self._mapping(node), where)
