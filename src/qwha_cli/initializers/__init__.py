@@ -1,0 +1,1 @@
+"""Initializers: (delta, gram, budget) -> the adapter's places and values, one matrix at a time."""
