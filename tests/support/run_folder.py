@@ -200,10 +200,10 @@ def sample(number: int, row: str, evil: str = "") -> dict[str, object]:
     right = row in ("trained", "merged") or (row == "16-bit" and number % 2 == 0)
     steps = f"Maya starts with {apples} apples and gives away {given}.\n{apples} - {given} = {left}\nThe final answer is: {left}"
     return {
-        "question": f"Maya has {apples} apples. She gives {given} of them to her brother. How many apples are left?{evil}",
+        "prompt": f"Maya has {apples} apples. She gives {given} of them to her brother. How many apples are left?{evil}",
         "expected": str(left),
-        "output": (steps if right else "Maya the the apples apples\n" * 3 + f"{given}") + evil,
-        "predicted": str(left) if right else str(given),
+        "response": (steps if right else "Maya the the apples apples\n" * 3 + f"{given}") + evil,
+        "found": str(left) if right else str(given),
         "correct": right,
     }
 

@@ -7,7 +7,7 @@ import re
 from qwha_cli.report import wording
 from qwha_cli.report.collect import STAGE_FOLDERS, RunReport
 from qwha_cli.report.page import COLUMNS, ROW_NAMES, missing_sentence, summary_line, task_names, task_text
-from qwha_cli.report.page_details import counted, cut, environment_lines, grouped, shown_samples
+from qwha_cli.report.page_details import counted, cut, environment_lines, grouped, shown_samples, verdict
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#])")
 _PICTURES = (
@@ -81,8 +81,7 @@ def _samples(report: RunReport) -> list[str]:
     for sample in shown:
         parts.append(f"**Question.** {plain(cut(sample.question))}\n\n**Expected.** {plain(cut(sample.expected))}")
         for answer in grouped(sample.answers):
-            verdict = {True: ", right", False: ", wrong", None: ""}[answer.correct]
-            parts.append(f"{answer.row}{verdict}:\n\n{fenced(cut(answer.text) or '(nothing)')}")
+            parts.append(f"{answer.row}, {plain(verdict(answer)) or 'not judged'}:\n\n{fenced(cut(answer.text) or '(nothing)')}")
     return parts
 
 

@@ -41,10 +41,17 @@ def counted(report: RunReport) -> str:
 
 def grouped(answers: Sequence[Answer]) -> list[Answer]:
     """Return the answers with equal ones under all their rows' names; the merged model usually says what the trained one does."""
-    groups: dict[tuple[str, bool | None], list[str]] = {}
+    groups: dict[tuple[str, bool | None, str | None], list[str]] = {}
     for answer in answers:
-        groups.setdefault((answer.text, answer.correct), []).append(answer.row)
-    return [Answer(", ".join(rows), text, correct) for (text, correct), rows in groups.items()]
+        groups.setdefault((answer.text, answer.correct, answer.found), []).append(answer.row)
+    return [Answer(", ".join(rows), *group) for group, rows in groups.items()]
+
+
+def verdict(answer: Answer) -> str:
+    """Say whether an answer is right, and where it is not, what was taken for it; empty where nothing judged it."""
+    if answer.correct is None:
+        return ""
+    return "right" if answer.correct else f"wrong: {answer.found}" if answer.found else "wrong"
 
 
 def cut(text: str) -> str:
@@ -72,12 +79,12 @@ def _sample(sample: Sample) -> Safe:
 
 
 def _answer(answer: Answer) -> Safe:
-    verdict = {True: "right", False: "wrong", None: ""}[answer.correct]
+    colour = {True: "answer right", False: "answer wrong", None: "answer"}[answer.correct]
     return element(
         "div",
-        element("h4", answer.row, element("span", verdict)),
+        element("h4", answer.row, element("span", cut(verdict(answer)))),
         element("p", cut(answer.text) or "(nothing)"),
-        class_=f"answer {verdict}".strip(),
+        class_=colour,
     )
 
 

@@ -14,20 +14,21 @@ from pathlib import Path
 from qwha_cli.errors import ArtifactError
 from qwha_cli.report.table import ROW_STAGES
 
-# What the writers call the parts of a sample; our own exact match first, then lm-eval's records.
-_QUESTION = ("question", "prompt", "doc", "arguments")
-_EXPECTED = ("expected", "answer", "target", "reference")
-_OUTPUT = ("output", "response", "generated", "completion", "text", "filtered_resps", "resps", "prediction")
+# What the writers call the parts of a sample: our own exact match first, then lm-eval's records.
+_QUESTION = ("prompt", "question", "doc", "arguments")
+_EXPECTED = ("expected", "target", "answer")
+_OUTPUT = ("response", "filtered_resps", "resps")
 _CORRECT = ("correct", "exact_match", "acc")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one row of the table said; `correct` is None where the measurement does not judge."""
+    """What one row of the table said, what was read out of it as its answer, and whether that is right; None where not known."""
 
     row: str
     text: str
     correct: bool | None
+    found: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_samples(folder: Path) -> list[Sample]:
             measurement = path.stem.removeprefix(f"{row}-")
             for record in _records(path):
                 question = _text(record, _QUESTION)
-                answer = Answer(row, _text(record, _OUTPUT), _judged(record))
+                answer = Answer(row, _text(record, _OUTPUT), _judged(record), _text(record, ("found",)) or None)
                 key = (measurement, question)
                 before = merged.get(key)
                 expected = before.expected if before else _text(record, _EXPECTED)
