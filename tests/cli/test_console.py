@@ -155,6 +155,13 @@ def test_the_table_shows_numbers_and_dashes_and_a_column_a_task() -> None:
     assert "arc_easy" in drawn(results_table(ROWS))
 
 
+def test_the_table_without_tasks_fits_a_terminal_of_80_columns() -> None:
+    full: dict[str, object] = {"perplexity_answers": 123456.78, "perplexity_text": 123456.78, "exact_match": 0.25}
+    full |= {"exact_match_stderr": 0.04, "layer_error": 0.03, "bits_per_weight": 16.0, "megabytes": 1234, "seconds": 1234}
+    rows = [{"row": row, **full} for row in ("16-bit", "base", "init", "trained", "merged")]
+    assert max(len(line.rstrip()) for line in drawn(results_table(rows, bits=2)).splitlines()) <= 80
+
+
 def test_the_worst_layers_come_first() -> None:
     layers = [
         {"name": f"layer{i}", "error_zero": 0.5, "error_after": i / 100, "entries": 1000 * i, "seconds": 0.5} for i in range(9)

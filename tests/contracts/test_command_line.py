@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -65,3 +66,30 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
         f"{QWHA} recipes keys | head -n 1", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_exits_130_with_a_line_and_no_traceback(tmp_path: Path) -> None:
+    # the runner is replaced by one that waits: the signal, the boundary and the exit code are the real ones
+    code = """
+import sys, time, types
+runner = types.ModuleType("qwha_cli.stages.runner")
+def run_stages(recipe, **options):
+    print("waiting", flush=True)
+    time.sleep(60)
+runner.run_stages, runner.RunOptions = run_stages, lambda **options: None
+sys.modules[runner.__name__] = runner
+sys.argv = ["qwha", "run", "tiny-random"]
+from qwha_cli.cli.app import main
+main()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted: stopped" in errors
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ HEADLINES: Mapping[str, tuple[str, ...]] = {
     "merge": ("max_logit_difference", "kl", "megabytes"),
 }
 LINES_A_STAGE = 10
+LOG_WIDTH = 120
 
 
 class StepReading(Protocol):
@@ -62,7 +64,9 @@ def is_first_rank() -> bool:
 
 def stderr_console() -> Console:
     """Return a console on stderr; silent on every rank but the first."""
-    return Console(stderr=True, highlight=False, quiet=not is_first_rank())
+    # a file has no width: rich would take 80 columns and squeeze tables
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+    return Console(stderr=True, highlight=False, quiet=not is_first_rank(), width=width)
 
 
 def wants_live(console: Console) -> bool:

@@ -21,7 +21,7 @@ def results_table(rows: Sequence[Mapping[str, object]], *, bits: int | None = No
             measured.
         bits: Width of the quantized base, for its row's name.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")  # fits 80 columns
     table.add_column("")
     tasks = task_names(rows)
     headings = [
