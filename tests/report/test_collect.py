@@ -110,6 +110,27 @@ def test_harness_samples_are_understood_too(tmp_path: Path) -> None:
     ]
 
 
+def test_likelihoods_are_no_answers_to_show(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo", blocks=2)
+    record = {"doc": {"question": "Which?"}, "target": 1, "filtered_resps": [[-3.2, False], [-1.0, True]], "acc": 1.0}
+    (run / "4-eval" / "samples" / "base-task-arc_easy.jsonl").write_text(json.dumps(record), encoding="utf-8")
+    assert {s.measurement for s in collect(run).samples} == {"exact_match"}
+
+
+def test_two_filters_of_one_metric_stay_two_scores(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo", blocks=2)
+    path = run / "4-eval" / "scores.json"
+    scores = json.loads(path.read_text(encoding="utf-8"))
+    kinds = {"strict-match": 0.2, "flexible-extract": 0.3}
+    scores["rows"][1]["task:gsm8k"] = [
+        {"task": "gsm8k", "metric": "exact_match", "filter": name, "value": value, "stderr": None}
+        for name, value in kinds.items()
+    ]
+    path.write_text(json.dumps(scores), encoding="utf-8")
+    found = {task.measure: task.value for task in collect(run).table[1].tasks if task.task == "gsm8k"}
+    assert found == {"exact_match, strict-match": 0.2, "exact_match, flexible-extract": 0.3}
+
+
 def test_a_question_asked_twice_keeps_its_first_answer(tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo", blocks=2)
     path = run / "4-eval" / "samples" / "base-exact_match.jsonl"

@@ -64,7 +64,7 @@ def _table(report: RunReport) -> str:
     titles = [
         "model",
         *(f"{title} ({unit})" for title, unit, _ in columns),
-        *(plain(f"{name} {metric}") for name, metric in tasks),
+        *(plain(f"{name} {measure}") for name, measure in tasks),
     ]
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for row in report.table:

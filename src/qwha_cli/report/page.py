@@ -123,7 +123,7 @@ def _result(report: RunReport) -> Safe:
     columns = [c for c in COLUMNS if any(c[2](row) != wording.ABSENT for row in report.table)]
     tasks = task_names(report.table)
     heads = [element("th", title, element("small", unit), scope="col") for title, unit, _ in columns]
-    heads += [element("th", name, element("small", metric), scope="col") for name, metric in tasks]
+    heads += [element("th", name, element("small", measure), scope="col") for name, measure in tasks]
     head = element("tr", element("th", "Model", scope="col"), *heads)
     largest = max(
         (math.log(r.perplexity_answers or 1.0) for r in report.table if (r.perplexity_answers or 0.0) > 1.0), default=0.0
@@ -146,13 +146,13 @@ def missing_sentence(report: RunReport) -> str:
 
 
 def task_names(table: Sequence[TableRow]) -> list[tuple[str, str]]:
-    """Return every (task, metric) of a table, in order of appearance."""
-    return list(dict.fromkeys((task.task, task.metric) for row in table for task in row.tasks))
+    """Return every (task, measure) of a table, in order of appearance."""
+    return list(dict.fromkeys((task.task, task.measure) for row in table for task in row.tasks))
 
 
 def task_text(row: TableRow, name: tuple[str, str]) -> str:
     """Return a row's score of a task as text."""
-    found = next((t for t in row.tasks if (t.task, t.metric) == name), None)
+    found = next((t for t in row.tasks if (t.task, t.measure) == name), None)
     return wording.with_error(found.value, found.stderr) if found else wording.ABSENT
 
 

@@ -59,6 +59,8 @@ def read_samples(folder: Path) -> list[Sample]:
             measurement = path.stem.removeprefix(f"{row}-")
             for record in _records(path):
                 question = _text(record, _QUESTION)
+                if not _written(record):
+                    continue
                 answer = Answer(row, _text(record, _OUTPUT), _judged(record), _text(record, ("found",)) or None)
                 key = (measurement, question)
                 before = merged.get(key)
@@ -75,6 +77,14 @@ def _records(path: Path) -> list[Mapping[str, object]]:
         return [dict(json.loads(line)) for line in lines if line.strip()]
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"cannot be read: {error}", where=str(path), remedy="run the eval stage again") from error
+
+
+def _written(record: Mapping[str, object]) -> bool:
+    """Whether the model wrote an answer; in tasks of multiple choice it only gave likelihoods, which nobody can read."""
+    value = next((record[name] for name in _OUTPUT if name in record), None)
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, str)
 
 
 def _text(record: Mapping[str, object], names: tuple[str, ...]) -> str:
