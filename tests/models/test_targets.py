@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
+
 from qwha_cli.errors import ModelError
 from qwha_cli.models.targets import decoder_blocks, find_targets
 from support.tiny_model import tiny_llama
-from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

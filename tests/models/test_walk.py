@@ -4,10 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from qwha_cli.errors import ModelError
-from qwha_cli.models.targets import decoder_blocks, find_targets
-from qwha_cli.models.walk import walk
-from support.tiny_model import tiny_llama, tiny_qwen2
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +18,11 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
 )
+
+from qwha_cli.errors import ModelError
+from qwha_cli.models.targets import decoder_blocks, find_targets
+from qwha_cli.models.walk import walk
+from support.tiny_model import tiny_llama, tiny_qwen2
 
 SIZES: dict[str, object] = {
     "vocab_size": 64,
