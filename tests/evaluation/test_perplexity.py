@@ -31,10 +31,10 @@ def reference(text: str, *, window: int, stride: int) -> tuple[float, int]:
     return math.exp(sum(losses) / len(losses)), len(losses)
 
 
-@pytest.mark.parametrize(("window", "stride"), [(32, 32), (32, 16), (32, 5), (40, 39), (500, 100), (33, 1)])
+@pytest.mark.parametrize(("window", "stride"), [(32, 32), (32, 16), (32, 5), (40, 39), (500, 100), (9, 1)])
 def test_perplexity_is_that_of_scoring_one_token_after_another(window: int, stride: int) -> None:
-    score = text_perplexity(MODEL, TOKENIZER, TEXT[:120], window=window, stride=stride, batch_size=3)
-    value, count = reference(TEXT[:120], window=window, stride=stride)
+    score = text_perplexity(MODEL, TOKENIZER, TEXT[:70], window=window, stride=stride, batch_size=3)
+    value, count = reference(TEXT[:70], window=window, stride=stride)
     assert score.n == count
     assert score.value == pytest.approx(value, rel=1e-5)
 

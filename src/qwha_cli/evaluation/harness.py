@@ -1,8 +1,8 @@
 """lm-eval's own tasks on the live model, in this process, with data from the hub or from local files.
 
-A task is the YAML file that lm-eval ships, included by its absolute path, so its prompts, its Python functions, its filters and its
-metrics are lm-eval's and only the place of the data is ours. Every score carries what a reader needs to compare it with another:
-task version, shots, filter, a digest of the prompt templates, the data, and its standard error.
+A task is the YAML file that lm-eval ships, included by its absolute path, so its prompts, its Python functions, its filters and
+its metrics are lm-eval's and only the place of the data is ours. Every score carries what a reader needs to compare it with
+another: task version, shots, filter, a digest of the prompt templates, the data, and its standard error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class TaskRequest:
         name: As in the catalogue.
         shots: Solved examples in the prompt; None for the task's own number.
         limit: Score only so many items, from the begin; None for all.
-        data: Split name to local file (.json, .jsonl, .parquet, .csv) in the columns of the task's hub data set; empty for the hub.
+        data: Split name to local file (.json, .jsonl, .parquet, .csv) in the columns of the task's hub data set; empty for
+            the hub.
     """
 
     name: str
@@ -128,12 +129,7 @@ def run_tasks(
             load_task(r.name, shots=r.shots, data=r.data, seed=seed, scratch=Path(scratch) / f"{index}-{r.name}")
             for index, r in enumerate(tasks)
         ]
-        lm = HFLM(
-            pretrained=cast(Any, model),
-            tokenizer=cast(Any, tokenizer),
-            batch_size=batch_size,
-            mixed_precision_dtype=cast(Any, autocast),
-        )
+        lm = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=autocast)
         for request, task in zip(tasks, loaded, strict=True):
             results = evaluate(
                 lm=lm,
@@ -157,15 +153,14 @@ def _scores(task: LoadedTask, results: Mapping[str, Any]) -> list[TaskScore]:
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
-        stderr = numbers.get(f"{metric}_stderr,{kind}")
-        known = not isinstance(stderr, str) and stderr is not None and math.isfinite(float(stderr))
+        stderr: object = numbers.get(f"{metric}_stderr,{kind}")
         found.append(
             TaskScore(
                 task=task.name,
                 metric=metric,
                 filter=kind,
                 value=float(value),
-                stderr=float(stderr) if known else None,
+                stderr=_finite(stderr),
                 n=int(results["n-samples"][task.name]["effective"]),
                 version=str(results["versions"][task.name]),
                 shots=int(results["n-shot"][task.name]),
@@ -174,6 +169,12 @@ def _scores(task: LoadedTask, results: Mapping[str, Any]) -> list[TaskScore]:
             )
         )
     return found
+
+
+def _finite(value: object) -> float | None:
+    # lm-eval writes "N/A" where it has no estimate, and nan for a single item
+    number = float(cast(Any, value)) if value is not None and not isinstance(value, str) else math.nan
+    return number if math.isfinite(number) else None
 
 
 def template_hash(config: Mapping[str, object]) -> str:

@@ -1,8 +1,8 @@
-"""Loading a task of lm-eval with its data: from local files without a network, or from the hub with a quick answer when it is away.
+"""A task of lm-eval with its data: local files without a network, or the hub with a quick answer when it is away.
 
-lm-eval's public way to change where a task reads is a YAML file that includes the shipped one and overrides keys. The generated file
-names local files by split; splits that are not given are switched off, so that lm-eval cannot fall back on the hub or on another
-split unnoticed. lm-eval scores the test split if there is one, else the validation split.
+lm-eval's public way to change where a task reads is a YAML file that includes the shipped one and overrides keys. The generated
+file names local files by split; splits that are not given are switched off, so that lm-eval cannot fall back on the hub or on
+another split unnoticed. lm-eval scores the test split if there is one, else the validation split.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def load_task(name: str, *, shots: int | None, data: Mapping[str, str], seed: in
     try:
         task = manager.load([name])["tasks"][name]
     except Exception as error:
-        # Loading reads the files and renders the first item: pyarrow, datasets, jinja and the tasks' own functions each raise their own.
+        # Loading reads the files and renders the first item; pyarrow, datasets, jinja and the tasks' functions raise their own.
         raise _unreadable(name, data, config=config, error=error) from error
     task.set_fewshot_seed(seed=seed)
     return LoadedTask(name=name, task=task, data=origin)
