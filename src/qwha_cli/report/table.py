@@ -18,18 +18,21 @@ ROW_STAGES: Mapping[str, str] = {"16-bit": "quantize", "base": "quantize", "init
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's score: a fraction with its standard error, over n examples.
-
-    `measure` is the metric, with the filter that took the answer out of the output where there is a choice of filters.
-    """
+    """One task's score: a fraction with its standard error, over n examples; `filter` took the answer out of the output."""
 
     task: str
-    measure: str
+    metric: str
+    filter: str
     value: float
     stderr: float | None
     n: int | None
     shots: int | None
     version: str
+
+    @property
+    def measure(self) -> str:
+        """The metric, with the filter where there is a choice of filters."""
+        return self.metric if self.filter == "none" else f"{self.metric}, {self.filter}"
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,6 @@ def _stored(row: str, folders: Mapping[str, Path], manifests: Mapping[str, Manif
     return bits + adapter * 8e6 / weights, size + adapter
 
 
-def _measure(metric: str, filtered: str) -> str:
-    return metric if filtered == "none" else f"{metric}, {filtered}"
-
-
 def _tasks(measured: Mapping[str, object]) -> list[TaskResult]:
     found: list[TaskResult] = []
     for name, scores in measured.items():
@@ -139,7 +138,8 @@ def _tasks(measured: Mapping[str, object]) -> list[TaskResult]:
             found.append(
                 TaskResult(
                     task=str(score.get("task", name.removeprefix("task:"))),
-                    measure=_measure(str(score.get("metric", "")), str(score.get("filter", "none"))),
+                    metric=str(score.get("metric", "")),
+                    filter=str(score.get("filter", "none")),
                     value=value,
                     stderr=number(score.get("stderr")),
                     n=whole(score.get("n")),
