@@ -1,0 +1,1 @@
+"""The five stages and what runs them: composition only, the algorithms live below."""

@@ -1,0 +1,102 @@
+"""The train stage: the adapter's values are trained on the recipe's data; everything else stays frozen.
+
+Checkpoints live in the run's work folder until the artifact is published, so a killed run continues where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import cast
+
+from qwha_cli import catalog
+from qwha_cli.adapters.build import load_adapter, save_adapter, spectral_layers
+from qwha_cli.data.example import Example
+from qwha_cli.data.split import train_validation
+from qwha_cli.data.tokenize import Encoded, encode
+from qwha_cli.errors import DataError
+from qwha_cli.models.load import load_tokenizer
+from qwha_cli.quant.checkpoint import load_base
+from qwha_cli.recipe.schema import Recipe
+from qwha_cli.report.plots import loss_curve
+from qwha_cli.stages.context import StageContext
+from qwha_cli.training.loop import TrainSettings, train
+
+
+def run(context: StageContext) -> dict[str, object]:
+    """Train the initialised adapter and write it as a peft folder with metrics.jsonl and loss.png; return the summary."""
+    recipe = context.recipe
+    settings = recipe.train
+    tokenizer = load_tokenizer(context.inputs["init"].parent / "1-quantize")
+    examples = read_examples(recipe.train.data, recipe=recipe, tokenizer=tokenizer)
+    size = settings.validation.examples if settings.validation else 0
+    kept, held = train_validation(examples, size=size, seed=recipe.seed)
+    encoded = _encode(context, kept, tokenizer)
+    validation = _encode(context, held, tokenizer)
+    base = load_base(context.inputs["init"].parent / "1-quantize", dtype=context.dtype)
+    model = load_adapter(base, context.inputs["init"], trainable=True)
+    model.to(context.device)
+    for layer in spectral_layers(model).values():
+        layer.keep = settings.keep
+    outcome = train(
+        model,
+        encoded,
+        encoded_validation=validation,
+        settings=_settings(recipe, tokenizer.pad_token_id),
+        work_dir=context.work,
+        identity=context.key,
+        progress=context.events.training(),
+        interrupted=context.interrupted,
+    )
+    save_adapter(model, context.draft)
+    shutil.copyfile(outcome.metrics_path, context.draft / "metrics.jsonl")
+    loss_curve(context.draft / "metrics.jsonl", context.draft / "loss.png")
+    for note in outcome.notes:
+        context.note(note)
+    return outcome.summary() | {"examples": len(kept), "validation_examples": len(held)}
+
+
+def read_examples(data: object, *, recipe: Recipe, tokenizer: object) -> list[Example]:
+    """Read the examples of a data section (`train.data` or `eval.answers`)."""
+    read = catalog.load(catalog.DATASETS[data.format])  # pyright: ignore[reportAttributeAccessIssue]
+    return cast(
+        list[Example],
+        read(  # pyright: ignore[reportCallIssue]
+            data.path, split=data.split, seed=recipe.seed, limit=data.limit, tokenizer=tokenizer
+        ),
+    )
+
+
+def _encode(context: StageContext, examples: list[Example], tokenizer: object) -> list[Encoded]:
+    settings = context.recipe.train
+    encoded = [encode(e, tokenizer, max_length=settings.max_length, mask_prompt=settings.data.mask_prompt) for e in examples]
+    kept = [e for e in encoded if any(label != -100 for label in e.labels)]
+    if examples and not kept:
+        raise DataError(
+            f"no answer fits into {settings.max_length} tokens", where="train.data", remedy="raise train.max_length"
+        )
+    if len(kept) < len(encoded):
+        context.note(f"{len(encoded) - len(kept)} of {len(encoded)} examples left out: no answer within {settings.max_length} tokens")
+    return kept
+
+
+def _settings(recipe: Recipe, pad_id: int) -> TrainSettings:
+    t = recipe.train
+    return TrainSettings(
+        seed=recipe.seed,
+        epochs=t.epochs,
+        steps=t.steps,
+        batch_size=t.batch_size,
+        accumulation=t.accumulation,
+        max_length=t.max_length,
+        packing=t.packing,
+        lr=t.lr,
+        schedule=t.schedule,
+        warmup=t.warmup,
+        weight_decay=t.weight_decay,
+        clip=t.clip,
+        precision=t.precision,
+        checkpointing=t.checkpointing,
+        save_every=t.save_every,
+        validate_every=t.validation.every if t.validation else None,
+        pad_id=pad_id,
+    )

@@ -1,0 +1,187 @@
+"""All five stages on a tiny model whose sizes are no powers of two: what comes out, what is skipped, what is made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwha_cli.artifacts.store import verify
+from qwha_cli.errors import GateError, ModelError
+from qwha_cli.recipe.load import load_recipe
+from qwha_cli.stages.plan import FOLDERS, plan
+from qwha_cli.stages.runner import RunResult, run_stages
+from support.recording import RecordingEvents
+
+STAGES = ["quantize", "init", "train", "merge", "eval"]
+
+
+def run(output: Path, *overrides: str, until: str | None = None) -> tuple[RunResult, RecordingEvents]:
+    events = RecordingEvents()
+    recipe = load_recipe("tiny-random", [f"output={output}", *overrides])
+    return run_stages(recipe, until=until, events=events), events
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs")
+    started = time.monotonic()
+    result, events = run(output)
+    assert time.monotonic() - started < 60, "the smoke recipe promises a minute"
+    assert list(events.started) == STAGES
+    assert set(events.started.values()) == {"missing"}
+    return result.run
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / finished.name)
+    return tmp_path
+
+
+def test_every_artifact_is_complete_and_verifies_by_content(finished: Path) -> None:
+    for folder in FOLDERS.values():
+        assert verify(finished / folder, deep=True).seconds > 0
+    assert (finished / "recipe.resolved.yaml").is_file()
+    leftovers = [p.name for p in finished.iterdir() if p.name.endswith(".draft")]
+    assert leftovers == []
+
+
+def test_second_run_does_nothing_and_shows_the_same_table(finished: Path) -> None:
+    before = json.dumps(run_stages_again(finished)[0].table)
+    result, events = run_stages_again(finished)
+    assert events.started == {}
+    assert events.fresh == STAGES
+    assert all(stage.fresh for stage in result.stages.values())
+    assert json.dumps(result.table) == before
+
+
+def run_stages_again(finished: Path) -> tuple[RunResult, RecordingEvents]:
+    return run(finished.parent)
+
+
+def test_json_has_the_promised_shape(finished: Path) -> None:
+    found = json.loads(json.dumps(run_stages_again(finished)[0].to_json()))
+    assert set(found) == {"run", "stages", "table"}
+    assert set(found["stages"]) == set(STAGES)
+    for stage in found["stages"].values():
+        assert {"path", "seconds", "fresh", "results"} <= set(stage)
+    assert [row["row"] for row in found["table"]] == ["16-bit", "base", "init", "trained", "merged"]
+    for row in found["table"]:
+        assert row["perplexity_answers"] > 1
+        assert row["perplexity_text"] > 1
+        assert 0 <= row["exact_match"] <= 1
+
+
+def test_init_lowers_the_error_of_every_layer_with_exactly_the_budget(finished: Path) -> None:
+    records = [json.loads(line) for line in (finished / "2-init" / "layers.jsonl").read_text().splitlines()]
+    rank = load_recipe("tiny-random").adapter.rank
+    assert len(records) == 14
+    for record in records:
+        assert record["error_after"] < record["error_zero"]
+        assert record["entries"] == rank * sum(record["shape"])
+        assert record["entries_min"] >= 2
+
+
+def test_training_lowers_the_loss(finished: Path) -> None:
+    results = verify(finished / "3-train").results
+    assert results["last_loss"] < results["first_loss"]
+    steps = [json.loads(line) for line in (finished / "3-train" / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps if "loss" in s] == list(range(1, int(results["steps"]) + 1))
+
+
+def test_merged_folder_loads_with_plain_transformers_and_equals_base_plus_adapter(finished: Path) -> None:
+    check = json.loads((finished / "5-merge" / "check.json").read_text())
+    assert check["kl"] < 1e-3
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "out = m.generate(**t('Two plus two', return_tensors='pt'), max_new_tokens=2, do_sample=False)\n"
+        "assert not any(n.startswith('qwha_cli') for n in sys.modules); assert not hasattr(m.config, 'quantization_config')\n"
+        "print(out.shape[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(finished / "5-merge")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_plain_from_pretrained_reads_base_and_adapter_and_equals_the_merged_model(finished: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import qwha_cli.integrations  # noqa: F401 - registers the formats
+
+    ids = torch.arange(3, 35).unsqueeze(0)
+    base = AutoModelForCausalLM.from_pretrained(finished / "1-quantize")
+    adapted = PeftModel.from_pretrained(base, str(finished / "3-train")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(finished / "5-merge", dtype=torch.float32).eval()
+    with torch.no_grad():
+        difference = (adapted(input_ids=ids).logits - merged(input_ids=ids).logits).abs().max()
+    assert float(difference) < 0.05  # the merged weights are bfloat16
+
+
+def test_a_changed_setting_runs_only_what_depends_on_it_and_comes_back_from_the_archive(copied: Path) -> None:
+    _, events = run(copied, "train.lr=0.0007", until="train")
+    assert events.fresh == ["quantize", "init"]
+    assert events.started == {"train": "changed: train.lr"}
+    _, events = run(copied, until="train")
+    assert events.fresh == ["quantize", "init", "train"]
+    assert events.started == {}
+
+
+def test_a_damaged_artifact_is_made_again_and_the_damage_named(copied: Path) -> None:
+    run_folder = next(copied.iterdir())
+    (run_folder / "3-train" / "metrics.jsonl").unlink()
+    _, events = run(copied, until="train")
+    assert events.started == {"train": "damaged: metrics.jsonl"}
+    verify(run_folder / "3-train", deep=True)
+
+
+def test_asking_for_a_late_stage_runs_the_missing_ones_first(copied: Path) -> None:
+    run_folder = next(copied.iterdir())
+    shutil.rmtree(run_folder / "1-quantize")
+    _, events = run(copied, until="init")
+    assert events.started == {"quantize": "missing"}  # the same key comes out, so init is still what was asked for
+    assert events.fresh == ["init"]
+
+
+@pytest.mark.parametrize("basis", ["weight", "hadamard"])
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 2), ("gptq", 3), ("gptq", 4), ("nf4", 4)])
+def test_every_method_and_basis_goes_through_quantize_and_init(tmp_path: Path, method: str, bits: int, basis: str) -> None:
+    group = ["quantize.group_size=32", "model.id=random:tiny-llama-32"] if method == "nf4" else []
+    if method == "nf4":
+        pytest.importorskip("bitsandbytes")
+    overrides = [f"quantize.method={method}", f"quantize.bits={bits}", f"quantize.basis={basis}", *group]
+    _, events = run(tmp_path, *overrides, until="init")
+    errors = [float(str(r["error_after"])) / float(str(r["error_zero"])) for r in events.records["init"]]
+    assert len(errors) == 14
+    assert max(errors) < 1
+
+
+def test_group_size_that_does_not_divide_is_refused_with_the_layer_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"layer model\.layers\.0\.\S+: in_features \d+ is no multiple of group_size 64"):
+        run(tmp_path, "quantize.group_size=64", until="quantize")
+    run_folder = next(tmp_path.iterdir())
+    assert not (run_folder / "1-quantize").exists()
+
+
+def test_worse_than_zero_stops_the_run_unless_the_gate_is_off(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwha_cli.stages.init.residual_error", lambda *a, **k: 1e9)
+    with pytest.raises(GateError, match="14 of 14 layers are worse than with a zero adapter") as caught:
+        run(copied, "init.damping=0.02", until="init")
+    assert caught.value.exit_code == 1
+    _, events = run(copied, "init.damping=0.02", "init.gate=false", until="init")
+    assert any("worse than with a zero adapter" in note for note in events.notes)
+
+
+def test_merge_above_the_tolerance_is_refused_and_publishes_nothing(copied: Path) -> None:
+    with pytest.raises(GateError, match="merged model differs from base . adapter"):
+        run(copied, "merge.tolerance.kl=1e-30", until="merge")
+    run_folder = next(copied.iterdir())
+    recipe = load_recipe("tiny-random", [f"output={copied}"])
+    assert verify(run_folder / "5-merge").key == plan(recipe, root=run_folder)["merge"].key
