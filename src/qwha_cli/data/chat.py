@@ -47,7 +47,10 @@ def read(
         messages = _messages(record, where)
         try:
             return _example(messages, render, end=end, where=where)
-        except (ValueError, TypeError, RuntimeError) as error:  # jinja2.TemplateError is a RuntimeError or ValueError by kind
+        except DataError:
+            raise
+        except Exception as error:
+            # a template is a program of its own: it raises jinja's errors, ValueError, TypeError, KeyError ...
             raise DataError(
                 f"the chat template refused this conversation: {error}", where=where, remedy="correct the order of its roles"
             ) from error
