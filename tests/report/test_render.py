@@ -105,7 +105,9 @@ def test_html_is_well_formed_and_loads_nothing_from_outside(run: Path, evil_run:
         for tag, name, value in attributes(page):
             assert not name.startswith("on"), (tag, name)
             if name in LOADING and tag != "meta":
-                assert value.startswith("data:image/png;base64,") or (name == "style" and re.fullmatch(r"width:[\d.]+%", value))
+                assert value.startswith("data:image/png;base64,") or (
+                    name == "style" and re.fullmatch(r"width:[\d.]+%|max-width:\d+px", value)
+                )
         tags = {tag for tag, _ in page.found}
         assert tags.isdisjoint({"script", "link", "iframe", "object", "embed", "form", "base", "a"})
         policy = [found["content"] for tag, found in page.found if found.get("http-equiv") == "Content-Security-Policy"]

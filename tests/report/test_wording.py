@@ -62,12 +62,26 @@ def test_a_change_within_two_standard_errors_is_no_change(after: float, said: st
 
 def test_layers_that_got_worse_are_not_counted_as_better() -> None:
     records = ({"error_zero": 0.2, "error_after": 0.1}, {"error_zero": 0.1, "error_after": 0.15}, {"name": "without numbers"})
-    assert "from 15.0 % to 12.5 %; 1 of 2 layers improved" in sentences(report(initialised=records))
+    assert "from 15.0 % to 12.5 %, measured with the earlier blocks corrected; 1 of 2 layers improved" in sentences(
+        report(initialised=records)
+    )
 
 
 def test_size_is_compared_with_16_bits() -> None:
     rows = (TableRow(row="16-bit", megabytes=269.0), TableRow(row="trained", megabytes=62.0, bits_per_weight=3.4))
     assert "62.0 MB instead of 269 MB, 4.3 times less; a quantized weight costs 3.40 bits" in sentences(report(*rows))
+
+
+def test_a_model_that_did_not_get_smaller_is_not_called_smaller() -> None:
+    rows = (TableRow(row="16-bit", megabytes=0.11), TableRow(row="base", megabytes=0.12, bits_per_weight=8.6))
+    text = sentences(report(*rows))
+    assert "0.12 MB, no less than the 16-bit model's 0.11 MB" in text
+    assert "times less" not in text
+    assert "adapter" not in text
+
+
+def test_an_exact_merge_is_called_exact() -> None:
+    assert "to the bit over 8 prompts" in sentences(report(check={"max_logit_difference": 0.0, "kl": 0.0, "prompts": 8}))
 
 
 def test_the_merge_check_is_quoted() -> None:
@@ -88,7 +102,9 @@ def test_the_merge_check_is_quoted() -> None:
         (wording.percent(0.123), "12.3 %"),
         (wording.percent(0.00002), "0.002 %"),
         (wording.with_error(0.5, None), "50.0 %"),
+        (wording.duration(0.0113), "11 ms"),
         (wording.duration(9.26), "9.3 s"),
+        (wording.megabytes(0.0847), "0.08"),
         (wording.duration(600), "10.0 min"),
         (wording.duration(9000), "2.5 h"),
         (wording.size(999), "999 B"),

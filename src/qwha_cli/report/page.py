@@ -23,6 +23,10 @@ from qwha_cli.report.plots import Theme
 from qwha_cli.report.table import TableRow, number
 
 WORST_LAYERS = 12
+# The largest size that pictures are shown in; the page's column is as wide as the pictures of a model with 30 blocks.
+PIXELS_PER_INCH = 110
+# Heat maps from here on keep a width at which their cells can be read, and scroll on a phone.
+MANY_BLOCKS = 12
 # Title, unit and text of the columns that every table of rows has.
 COLUMNS: Sequence[tuple[str, str, Callable[[TableRow], str]]] = (
     ("Perplexity, answers", "held out", lambda r: wording.perplexity(r.perplexity_answers)),
@@ -224,7 +228,8 @@ def _layers(report: RunReport) -> Safe:
 
 def _heat_map(records: Sequence[Mapping[str, object]], key: str, caption: str, limits: tuple[float, float] | None) -> Safe:
     picture = _picture(lambda out, theme: plots.layer_heatmap(records, key, out, limits=limits, theme=theme), caption)
-    return _figure(picture, caption, wide=True)
+    many = any((number(r.get("block")) or 0) >= MANY_BLOCKS for r in records)
+    return _figure(picture, caption, wide=many)
 
 
 def _worst(records: Sequence[Mapping[str, object]], key: str) -> Safe:
@@ -252,13 +257,16 @@ def scrolling(inside: Safe, label: str) -> Safe:
 
 def _picture(draw: Callable[[BinaryIO, Theme], None], text: str) -> Safe:
     """Draw a picture in both themes and return it as one element that follows the reader's colour scheme."""
-    uris: dict[Theme, str] = {}
+    files: dict[Theme, bytes] = {}
     for theme in ("light", "dark"):
         stream = io.BytesIO()
         draw(stream, theme)
-        uris[theme] = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+        files[theme] = stream.getvalue()
+    uris = {theme: "data:image/png;base64," + base64.b64encode(content).decode() for theme, content in files.items()}
     dark = element("source", srcset=uris["dark"], media="(prefers-color-scheme: dark)")
-    return element("picture", dark, element("img", src=uris["light"], alt=text))
+    # a small model's map is a small picture: blown up to the page's width its labels would shout
+    width = int.from_bytes(files["light"][16:20], "big") * PIXELS_PER_INCH // plots.DPI
+    return element("picture", dark, element("img", src=uris["light"], alt=text, style=f"max-width:{width}px"))
 
 
 def _figure(picture: Safe, caption: str, *, wide: bool = False) -> Safe:

@@ -50,7 +50,9 @@ def bits(value: float | None) -> str:
 
 def megabytes(value: float | None) -> str:
     """A size in MB (10^6 bytes)."""
-    return ABSENT if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    if value is None:
+        return ABSENT
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def scientific(value: float) -> str:
@@ -62,9 +64,11 @@ def scientific(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds below two minutes, minutes below two hours, hours above."""
+    """Milliseconds, seconds below two minutes, minutes below two hours, hours above."""
     if seconds is None:
         return ABSENT
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f}{_GAP}ms"
     if seconds < 120:
         return f"{seconds:.0f}{_GAP}s" if seconds >= 10 else f"{seconds:.1f}{_GAP}s"
     return f"{seconds / 60:.1f}{_GAP}min" if seconds < 7200 else f"{seconds / 3600:.1f}{_GAP}h"
@@ -152,8 +156,8 @@ def _layers(report: RunReport) -> str:
     before, after = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
     better = sum(b > a for b, a in pairs)
     return (
-        f"Initialisation took the mean error of the layers' outputs from {percent(before)} to {percent(after)}; "
-        f"{better} of {len(pairs)} layers improved."
+        f"Initialisation took the mean error of the layers' outputs from {percent(before)} to {percent(after)}, "
+        f"measured with the earlier blocks corrected; {better} of {len(pairs)} layers improved."
     )
 
 
@@ -163,10 +167,16 @@ def _space(rows: dict[str, TableRow]) -> str:
     if original is None or small is None or not original.megabytes or not small.megabytes:
         return ""
     adapter = "" if small.row == "base" else ", adapter included"
+    cost = f"a quantized weight costs {bits(small.bits_per_weight)} bits{adapter}."
+    ratio = original.megabytes / small.megabytes
+    if ratio < 1.05:
+        return (
+            f"The weights take {megabytes(small.megabytes)}{_GAP}MB, no less than the 16-bit model's "
+            f"{megabytes(original.megabytes)}{_GAP}MB: the model or its groups are too small; {cost}"
+        )
     return (
         f"The weights take {megabytes(small.megabytes)}{_GAP}MB instead of {megabytes(original.megabytes)}{_GAP}MB, "
-        f"{original.megabytes / small.megabytes:.1f} times less; "
-        f"a quantized weight costs {bits(small.bits_per_weight)} bits{adapter}."
+        f"{ratio:.1f} times less; {cost}"
     )
 
 
@@ -175,6 +185,8 @@ def _merge(report: RunReport) -> str:
     if difference is None or divergence is None:
         return ""
     prompts = f" over {report.check['prompts']} prompts" if "prompts" in report.check else ""
+    if difference == 0:
+        return f"The merged model gives the logits of base plus adapter to the bit{prompts}."
     return (
         f"The merged model differs from base plus adapter by at most {scientific(difference)} in a logit "
         f"and by a divergence of {scientific(divergence)} nats{prompts}."
