@@ -1,0 +1,137 @@
+"""The loop on what it is for: spectral values over a 2-bit base, in both bases, resumed, saved, reloaded and scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from qwha_cli.adapters.build import add_adapter, load_adapter, save_adapter
+from qwha_cli.data.example import prompt_and_response
+from qwha_cli.data.tokenize import encode
+from qwha_cli.errors import Interrupted
+from qwha_cli.evaluation.answers import answer_perplexity, exact_match
+from qwha_cli.evaluation.harness import TaskRequest, run_tasks
+from qwha_cli.kernels.sparse_matmul import SparseRows
+from qwha_cli.quant.checkpoint import load_base, save_base
+from qwha_cli.quant.linear import QuantizedLinear
+from qwha_cli.quant.packed import Basis, QuantizerOptions
+from qwha_cli.quant.swap import get_linear, replace
+from qwha_cli.quantizers.rtn import quantize
+from qwha_cli.training.loop import train
+from qwha_cli.training.metrics import StepMetrics
+from qwha_cli.training.settings import TrainResult, TrainSettings
+from support.tiny_model import tiny_llama, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+EXAMPLES = [prompt_and_response(f"What is {i} and 1?\n", f"The final answer is: {i + 1}", answer=str(i + 1)) for i in range(8)]
+ENCODED = [encode(example, TOKENIZER) for example in EXAMPLES]
+
+
+class Deaf:
+    """A watcher that ignores everything."""
+
+    def start(self, total_steps: int) -> None: ...
+
+    def step(self, metrics: StepMetrics) -> None: ...
+
+    def validation(self, step: int, loss: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def quantized(folder: Path, basis: Basis) -> Path:
+    model = tiny_llama()
+    options = QuantizerOptions(method="rtn", bits=2, group_size=16, symmetric=False, basis=basis)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    for name in names:
+        packed = quantize(get_linear(model, name).weight.detach(), None, options=options, name=name)
+        replace(model, name, QuantizedLinear.from_packed(packed))
+    save_base(model, folder, tokenizer=TOKENIZER, format=options.format)
+    return folder
+
+
+def adapted(folder: Path) -> PeftModel:
+    base = load_base(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    rows = {}
+    for name, module in base.named_modules():
+        if isinstance(module, QuantizedLinear):
+            mask = torch.rand(module.out_features, module.in_features, generator=generator) < 0.1
+            rows[name] = SparseRows.from_mask(torch.zeros(mask.shape), mask)
+    return add_adapter(base, rank=4, scale=1.0, targets=list(rows), rows=rows)
+
+
+def fit(model: PeftModel, work: Path, *, stop_after: int | None = None, **settings: object) -> TrainResult:
+    asked = iter(range(1, 1000))
+    how = {"lr": 0.02, "pad_id": 256, "steps": 20, "batch_size": 4, "precision": "fp32", "save_every": 7} | settings
+    return train(
+        model,
+        ENCODED,
+        encoded_validation=[],
+        settings=TrainSettings(**how),  # type: ignore[arg-type]
+        work_dir=work,
+        identity="test",
+        progress=Deaf(),
+        interrupted=lambda: next(asked) == stop_after,
+    )
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("basis", ["weight", "hadamard"])
+def test_trained_values_resume_bit_for_bit_and_are_worth_their_loss_after_reloading(tmp_path: Path, basis: Basis) -> None:
+    base = quantized(tmp_path / "base", basis)
+    straight = adapted(base)
+    before = answer_perplexity(straight, TOKENIZER, EXAMPLES, max_length=512, batch_size=4)
+    result = fit(straight, tmp_path / "straight")
+    assert result.last_loss < 0.6 * result.first_loss
+    assert all(name.split(".")[-2] == "qwha_values" for name in values(straight))
+    assert all(tensor.dtype == torch.float32 for tensor in values(straight).values())
+
+    broken = adapted(base)
+    with pytest.raises(Interrupted):
+        fit(broken, tmp_path / "broken", stop_after=10)
+    resumed = adapted(base)
+    assert fit(resumed, tmp_path / "broken").resumed_from == 10
+    assert all(torch.equal(tensor, values(resumed)[name]) for name, tensor in values(straight).items())
+
+    after = answer_perplexity(straight, TOKENIZER, EXAMPLES, max_length=512, batch_size=4)
+    assert after.value < 0.5 * before.value
+    save_adapter(straight, tmp_path / "adapter")
+    reloaded = load_adapter(load_base(base, dtype=torch.float32), tmp_path / "adapter", trainable=False)
+    assert answer_perplexity(reloaded, TOKENIZER, EXAMPLES, max_length=512, batch_size=4) == after
+
+
+def test_memory_and_speed_settings_train_the_same_values(tmp_path: Path) -> None:
+    base = quantized(tmp_path / "base", "hadamard")
+    plain, recomputed = adapted(base), adapted(base)
+    fit(plain, tmp_path / "a", steps=5)
+    fit(recomputed, tmp_path / "b", steps=5, checkpointing=True, batch_size=2, accumulation=2)
+    for name, tensor in values(plain).items():
+        torch.testing.assert_close(values(recomputed)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_bf16_follows_the_float32_curve(tmp_path: Path) -> None:
+    base = quantized(tmp_path / "base", "hadamard")
+    full = fit(adapted(base), tmp_path / "a")
+    half = fit(adapted(base), tmp_path / "b", precision="bf16")
+    assert half.first_loss == pytest.approx(full.first_loss, rel=0.02)
+    assert half.last_loss == pytest.approx(full.last_loss, rel=0.15)
+
+
+def test_generation_and_lm_eval_run_on_the_adapted_quantized_model(tmp_path: Path) -> None:
+    model = adapted(quantized(tmp_path / "base", "hadamard"))
+    score, samples = exact_match(model, TOKENIZER, EXAMPLES, max_new_tokens=4, batch_size=4)
+    assert (score.n, len(samples)) == (8, 8)
+    rows = [{"goal": "Open a jar.", "sol1": "Turn the lid.", "sol2": "Sing to it.", "label": i % 2} for i in range(2)]
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    request = TaskRequest(name="piqa", shots=0, limit=None, data={"validation": str(tmp_path / "piqa.jsonl")})
+    scores, _ = run_tasks(model, TOKENIZER, [request], batch_size=2, seed=0)
+    assert {s.metric for s in scores} == {"acc", "acc_norm"}
