@@ -1,0 +1,1 @@
+"""Quantized weights as values, as layers, and as folders that transformers loads."""

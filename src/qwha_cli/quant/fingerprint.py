@@ -1,0 +1,47 @@
+"""One number for a quantized base: which codes, scales and zeros its layers hold, whatever is wrapped around them.
+
+An adapter is right only on the base that it was computed for; its config carries this fingerprint. What can change without
+changing the base is left out: the dtype of everything that is not packed (biases too), the device, and the names that peft adds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+from qwha_cli.errors import ModelError
+from qwha_cli.quant.linear import QuantizedLinear
+
+# inserted into module paths by peft's tuner layers and by torch.compile
+_WRAPPERS = frozenset({"base_layer", "_orig_mod"})
+_PEFT_PREFIX = "base_model.model."
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256, as 64 hexadecimal digits, over format and tensors of every QuantizedLinear in the order of their names.
+
+    Args:
+        model: A transformers model, or a PeftModel around one; adapters and wrappers do not count. No tensor on the meta device.
+
+    Raises:
+        ModelError: There is no quantized layer.
+    """
+    layers = {base_name(name): layer for name, layer in quantized_layers(model).items()}
+    if not layers:
+        raise ModelError("the model has no quantized layer", where="fingerprint", remedy="quantize it with `qwha quantize`")
+    found = hashlib.sha256()
+    for name in sorted(layers):
+        found.update(f"{name} {layers[name].packed().digest()}\n".encode())
+    return found.hexdigest()
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Every QuantizedLinear of a model by its full name, wrappers included."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def base_name(name: str) -> str:
+    """A module's name as it is in the bare model: without what peft and torch.compile insert."""
+    kept = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return kept.removeprefix(_PEFT_PREFIX)

@@ -1,0 +1,86 @@
+"""The two layouts of stored codes: which tensors a quantized matrix has, and how they become numbers again.
+
+`gptq` (GPTQ and RTN; checkpoint format gptq_v2): value = scale · (code − zero), the zero stored as it is.
+    qweight int32 (ceil(in·bits/32), out)   codes, packed along the inputs
+    qzeros  int32 (groups, ceil(out·bits/32)) zero points, packed along the outputs
+    scales  float16 (groups, out)
+`nf4` (bitsandbytes): value = quant_map[code] · absmax, blocks of group_size in the flattened (out, in) matrix.
+    weight uint8 (ceil(out·in/2), 1)   two codes a byte, the first in the high half
+    absmax float32 (out·in / group_size,)
+    quant_map float32 (16,)
+All weights are (out, in). Only shapes and arithmetic here; what a weight is and knows about itself is in packed.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qwha_cli.kernels.unpack import num_words, pack, unpack
+
+Layout = Literal["gptq", "nf4"]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def tensor_shapes(layout: Layout, *, shape: tuple[int, int], bits: int, group_size: int) -> Shapes:
+    """Name, shape and dtype of every tensor that a matrix of `shape` (out, in) has in this layout."""
+    out_features, in_features = shape
+    if layout == "nf4":
+        count = out_features * in_features
+        return {
+            "weight": ((-(-count // 2), 1), torch.uint8),
+            "absmax": ((-(-count // group_size),), torch.float32),
+            "quant_map": ((16,), torch.float32),
+        }
+    groups = in_features // group_size
+    return {
+        "qweight": ((num_words(in_features, bits=bits), out_features), torch.int32),
+        "qzeros": ((groups, num_words(out_features, bits=bits)), torch.int32),
+        "scales": ((groups, out_features), torch.float16),
+    }
+
+
+def pack_gptq(codes: Tensor, scales: Tensor, zeros: Tensor, *, bits: int) -> dict[str, Tensor]:
+    """Pack integer codes and their grid.
+
+    Args:
+        codes: uint8 (out, in).
+        scales: float16 (out, groups).
+        zeros: uint8 (out, groups).
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        qweight, qzeros, scales as in the module's docstring.
+    """
+    return {
+        "qweight": pack(codes, bits=bits).T.contiguous(),
+        "qzeros": pack(zeros.T.contiguous(), bits=bits),
+        "scales": scales.T.contiguous(),
+    }
+
+
+def dequantize_gptq(tensors: dict[str, Tensor], *, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
+    """Scale · (code − zero), (out, in), computed exactly and rounded once to `dtype`."""
+    out_features, in_features = shape
+    codes = unpack(tensors["qweight"].T, bits=bits, count=in_features)
+    zeros = unpack(tensors["qzeros"], bits=bits, count=out_features).T
+    scales = tensors["scales"].T
+    # a float16 scale times an integer below 2^8 is exact in float32
+    exact = torch.promote_types(dtype, torch.float32)
+    values = codes.view(out_features, scales.shape[1], -1).to(exact)
+    values.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1))
+    return values.view(shape).to(dtype)
+
+
+def dequantize_nf4(tensors: dict[str, Tensor], *, shape: tuple[int, int], group_size: int, dtype: torch.dtype) -> Tensor:
+    """quant_map[code] · absmax, (out, in), computed in float32 at least and rounded once to `dtype`.
+
+    A table look-up of our own: bitsandbytes' CPU kernel returns wrong numbers when a row is no whole number of blocks.
+    """
+    count = shape[0] * shape[1]
+    pairs = tensors["weight"].view(-1)
+    codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).view(-1)[:count]
+    values = tensors["quant_map"][codes.int()].view(-1, group_size) * tensors["absmax"].unsqueeze(-1)
+    return values.view(shape).to(dtype)

@@ -1,0 +1,150 @@
+"""A linear layer whose weight is packed codes.
+
+    y = x Q̂ᵀ + b  (basis "weight")    or    y = (x H) Q̂ᵀ + b  (basis "hadamard")
+
+It has no parameters: gradient flows to x, never to the codes. The tensors of its PackedWeight are buffers under the same names,
+so the state dict is the checkpoint. Scales keep their dtype whatever `model.to(dtype)` says: rounding them to bfloat16 would move
+every weight off the grid that was chosen for it. The dense weight is made at each forward, or kept with `keep_dense`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwha_cli.kernels.wht import wht
+from qwha_cli.quant.packed import Basis, PackedWeight, QuantFormat, check_group
+
+
+class QuantizedLinear(nn.Module):
+    """Stands where an nn.Linear stood. Its codes are uninitialised until loaded; `from_packed` makes a filled one.
+
+    Args:
+        in_features: Inputs.
+        out_features: Outputs.
+        bias: Whether it adds a bias; kept as a buffer in its own dtype.
+        format: How the codes are stored.
+        device: Of the buffers.
+        dtype: Of the bias; None for torch's default.
+
+    Raises:
+        ModelError: The inputs are no whole number of groups.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        format: QuantFormat,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_group(f"({out_features}, {in_features})", in_features, format.group_size)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.format = format
+        for name, (shape, kind) in format.shapes((out_features, in_features)).items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+        self._keep_dense = False
+        # a plain attribute: neither in the state dict nor moved with the module
+        self._dense: Tensor | None = None
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> QuantizedLinear:
+        """A layer around existing codes, on their device.
+
+        Args:
+            packed: The codes; their tensors are shared, not copied.
+            bias: (out,) floating, or None; kept in its dtype, detached.
+        """
+        out_features, in_features = packed.shape
+        layer = cls(in_features, out_features, bias=bias is not None, format=packed.format, device="meta")
+        device = next(iter(packed.tensors.values())).device
+        for name, tensor in packed.tensors.items():
+            setattr(layer, name, tensor)
+        if bias is not None:
+            layer.bias = bias.detach().to(device)
+        return layer
+
+    @property
+    def basis(self) -> Basis:
+        """What the codes stand for."""
+        return self.format.basis
+
+    @property
+    def keep_dense(self) -> bool:
+        """Whether the dense weight is kept between forwards: fast, at the memory of an unquantized layer."""
+        return self._keep_dense
+
+    @keep_dense.setter
+    def keep_dense(self, keep: bool) -> None:
+        self._keep_dense = keep
+        self._dense = None
+
+    def packed(self) -> PackedWeight:
+        """The codes as a value; it shares the buffers."""
+        shape = (self.out_features, self.in_features)
+        return PackedWeight({name: self.get_buffer(name) for name in self.format.shapes(shape)}, self.format, shape)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Q̂ (out, in) in its own basis. Do not write into it: it may be the kept one."""
+        if not self._keep_dense:
+            return self.packed().dequantize(dtype)
+        if self._dense is None or self._dense.dtype != dtype:
+            # a tensor made under inference_mode could never take part in training afterwards
+            with torch.inference_mode(False), torch.no_grad():
+                self._dense = self.packed().dequantize(dtype)
+        return self._dense
+
+    def weight_in_weight_basis(self, dtype: torch.dtype) -> Tensor:
+        """The matrix (out, in) that multiplies the untransformed input."""
+        return self.packed().in_weight_basis(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer; differentiable in x.
+
+        Args:
+            x: (..., in), floating, on the layer's device.
+
+        Returns:
+            (..., out), dtype of x, or of autocast where it is on.
+        """
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        z = wht(x) if self.basis == "hadamard" else x
+        bias = None if self.bias is None else self.bias.to(z.dtype)
+        return F.linear(z, self.dense(z.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and format, for print(model)."""
+        f = self.format
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"method={f.method}, bits={f.bits}, group_size={f.group_size}, basis={f.basis}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Move the buffers as nn.Module does, but refuse a change of dtype for all but the bias."""
+        before = self.packed().tensors
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        self._dense = None
+        return self
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        """Forget the dense weight of the codes that are being replaced."""
+        self._dense = None
+        super()._load_from_state_dict(*args, **kwargs)  # pyright: ignore[reportArgumentType]

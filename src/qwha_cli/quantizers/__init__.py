@@ -1,0 +1,1 @@
+"""Quantizers: pure functions (weight, gram) -> PackedWeight, one a file."""
