@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -90,9 +90,12 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
     if missing:
         raise ArtifactError(f"no {' and no '.join(missing)}", where=str(folder), remedy="run the stage that writes it again")
     try:
-        config = SpectralConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, SpectralConfig):
-            raise ArtifactError(f"the adapter's method is not {METHOD}", where=str(folder), remedy="load it with peft alone")
+            method = f"{config.peft_type}".removeprefix("PeftType.")
+            message = f"the adapter's method is {method}, not {METHOD.upper()}"
+            raise ArtifactError(message, where=str(folder), remedy="load it with peft alone")
+        _check_tensors(folder, config)
         peft_model = PeftModel.from_pretrained(
             model, str(folder), adapter_name=ADAPTER, is_trainable=trainable, torch_device=str(model.device)
         )
@@ -102,6 +105,21 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
         ) from error
     _check_places(peft_model, folder)
     return peft_model
+
+
+def _check_tensors(folder: Path, config: SpectralConfig) -> None:
+    """Peft only warns of a missing tensor and goes on with zeros."""
+    with safe_open(folder / _FILES[1], framework="pt") as file:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+    for name, count in (config.entries or {}).items():
+        for part in ("qwha_values", "qwha_columns"):
+            shape = found.get(f"base_model.model.{name}.{part}")
+            if shape != (count,):
+                raise ArtifactError(
+                    f"layer {name} should have {count} entries, {part} in the file has {'none' if shape is None else shape}",
+                    where=str(folder),
+                    remedy="run the stage that writes it again",
+                )
 
 
 def _check_places(model: nn.Module, folder: Path) -> None:

@@ -167,7 +167,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         sources = [self.qwha_values[name] for name in names]
         with torch.autocast(device, enabled=False):
             weight = self._weights.get((x.dtype, names), sources, lambda: self._effective(names, transform, x.dtype))
-            bias: Tensor | None = self.bias
+            bias = cast("Tensor | None", self.bias)
             return F.linear(wht(x) if self.basis == "hadamard" else x, weight, None if bias is None else bias.to(x.dtype))
 
     def _effective(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
@@ -277,7 +277,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         if self._codes:
             self.base_layer = self._codes.pop().to(device_of(self.base_layer))
         else:
-            weight = self.base_layer.weight
+            weight = cast(Tensor, self.base_layer.weight)
             weight.data = (weight.float() - self._delta(self.merged_adapters)).to(weight.dtype)
         self.merged_adapters.clear()
         self._forget()

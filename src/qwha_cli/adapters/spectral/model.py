@@ -134,8 +134,8 @@ class SpectralModel(BaseTuner):
             f"{prefix}.{name}" if prefix else name
             for prefix, module in self.named_modules()
             if isinstance(module, SpectralLinear | QuantizedLinear)
-            for name, buffer in module.named_buffers()
-            if not name.startswith("base_layer.") and buffer is not None
+            for name, _ in module.named_buffers()
+            if not name.startswith("base_layer.")
         ]
         # DDP wraps the PeftModel around this tuner, or the tuner itself
         return names + [f"base_model.{name}" for name in names]
@@ -226,7 +226,7 @@ def _dequantize(model: nn.Module, dtype: torch.dtype) -> None:
             if isinstance(child, QuantizedLinear):
                 setattr(parent, name, dense_linear(child.weight_in_weight_basis(dtype).detach(), child.bias))
     config = getattr(model, "config", None)
-    if hasattr(config, "quantization_config"):
+    if config is not None and hasattr(config, "quantization_config"):
         del config.quantization_config
     # what transformers sets on a model that it loaded quantized; left alone, save_pretrained would consult them
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):

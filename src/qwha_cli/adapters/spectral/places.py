@@ -30,7 +30,8 @@ def random_rows(shape: tuple[int, int], *, entries: int, seed: int, name: str) -
         seed: Seed of the adapter.
         name: Module name, mixed into the seed, so that two layers of one shape differ.
     """
-    generator = torch.Generator().manual_seed(((seed << 32) ^ zlib.crc32(name.encode())) & (2**63 - 1))
+    # one hash of both: torch's generator takes in only the lowest 32 bits of a seed
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     out_features, in_features = shape
     # which rows get the one more is drawn too: the first rows are not special
     counts = _even_counts(entries, out_features)[torch.randperm(out_features, generator=generator)]

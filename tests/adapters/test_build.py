@@ -1,0 +1,218 @@
+"""What the stages call: an adapter is added with computed entries, saved offline, loaded on its own base and on no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qwha_cli.adapters.build import (
+    add_adapter,
+    cache_weights,
+    load_adapter,
+    merged_weight,
+    save_adapter,
+    set_keep,
+    spectral_layers,
+)
+from qwha_cli.adapters.provenance import base_fingerprint, hadamard_digests
+from qwha_cli.adapters.spectral.config import SpectralConfig
+from qwha_cli.errors import ArtifactError, ModelError
+from qwha_cli.kernels.sparse_matmul import SparseRows
+from support.adapted import dense_delta, fill, quantize_model, random_sparse
+from support.tiny_model import tiny_llama
+
+IDS = torch.arange(22).reshape(2, 11)
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(IDS).logits
+
+
+def base(basis: str = "weight", seed: int = 0) -> nn.Module:
+    return quantize_model(tiny_llama(seed), basis)
+
+
+def entries() -> dict[str, SparseRows]:
+    return {Q: random_sparse((48, 48)), DOWN: random_sparse((48, 80), seed=1, density=0.3)}
+
+
+def built(model: nn.Module | None = None) -> PeftModel:
+    return add_adapter(model or base(), rank=4, scale=0.5, targets=[Q, DOWN], rows=entries())
+
+
+@pytest.mark.parametrize("basis", ["weight", "hadamard"])
+def test_an_added_adapter_has_the_given_entries_and_only_they_train(basis: str) -> None:
+    model = built(base(basis))
+    layers = spectral_layers(model)
+    assert set(layers) == {Q, DOWN}
+    for name, rows in entries().items():
+        found = layers[name].rows("default")
+        assert all(torch.equal(getattr(found, part), getattr(rows, part)) for part in ("values", "columns", "row_starts"))
+        expected = layers[name].base_layer.weight_in_weight_basis(torch.float64) + dense_delta(rows, 0.5)
+        torch.testing.assert_close(merged_weight(layers[name], torch.float32).double(), expected, atol=1e-5, rtol=1e-4)
+        assert merged_weight(layers[name], torch.bfloat16).dtype == torch.bfloat16
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(len(rows.values) for rows in entries().values())
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("basis", ["weight", "hadamard"])
+def test_what_was_saved_loads_with_the_same_bits(tmp_path: Path, basis: str, trainable: bool) -> None:
+    model = built(base(basis)).eval()
+    save_adapter(model, tmp_path / "adapter", base="some/base")
+    loaded = load_adapter(base(basis), tmp_path / "adapter", trainable=trainable)
+    assert torch.equal(logits(loaded.eval()), logits(model))
+    assert any(p.requires_grad for p in loaded.parameters()) == trainable
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/base"
+    assert config["entries"] == {name: len(rows.values) for name, rows in entries().items()}
+
+
+def test_an_adapter_saved_after_training_loads_and_trains_on(tmp_path: Path) -> None:
+    model = built()
+    fill(model, seed=5)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(base(), tmp_path, trainable=True).train()
+    loaded(IDS, labels=IDS).loss.backward()
+    assert all(layer.qwha_values["default"].grad is not None for layer in spectral_layers(loaded).values())
+
+
+@pytest.mark.parametrize("loader", ["load_adapter", "peft"])
+def test_another_base_is_refused_with_both_fingerprints_and_left_untouched(tmp_path: Path, loader: str) -> None:
+    save_adapter(built(), tmp_path)
+    other = base(seed=1)
+    before = logits(other)
+    with pytest.raises(ArtifactError) as error:
+        load_adapter(other, tmp_path, trainable=False) if loader == "load_adapter" else PeftModel.from_pretrained(
+            other, str(tmp_path)
+        )
+    assert str(base_fingerprint(base())) in error.value.message
+    assert str(base_fingerprint(other)) in error.value.message
+    assert error.value.remedy
+    assert not spectral_layers(other)
+    assert torch.equal(logits(other), before)
+
+
+def test_the_unquantized_original_is_refused_as_a_base(tmp_path: Path) -> None:
+    save_adapter(built(), tmp_path)
+    with pytest.raises(ArtifactError, match="no quantized layers"):
+        load_adapter(tiny_llama(), tmp_path, trainable=False)
+
+
+def test_a_second_adapter_is_checked_against_the_base_too(tmp_path: Path) -> None:
+    save_adapter(built(), tmp_path / "ours")
+    save_adapter(built(base(seed=1)), tmp_path / "foreign")
+    model = load_adapter(base(), tmp_path / "ours", trainable=False)
+    model.load_adapter(str(tmp_path / "ours"), adapter_name="twin")
+    with pytest.raises(ArtifactError, match="fingerprint"):
+        model.load_adapter(str(tmp_path / "foreign"), adapter_name="foreign")
+    assert set(model.peft_config) == {"default", "twin"}
+
+
+def test_the_fingerprint_does_not_depend_on_adapters_or_wrappers() -> None:
+    plain = base()
+    expected = base_fingerprint(plain)
+    wrapped = built(plain)
+    assert base_fingerprint(wrapped) == base_fingerprint(wrapped.get_base_model()) == expected
+    assert base_fingerprint(tiny_llama()) is None
+
+
+def test_another_hadamard_matrix_is_refused_with_both_digests(tmp_path: Path) -> None:
+    save_adapter(built(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "hadamard_digest": {**config["hadamard_digest"], "80": "0123"}}))
+    with pytest.raises(ArtifactError, match="size 80 whose digest is 0123") as error:
+        load_adapter(base(), tmp_path, trainable=False)
+    assert hadamard_digests([80])["80"] in error.value.message
+
+
+def damage(folder: Path, kind: str) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = f"base_model.model.{Q}.qwha_"
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    elif kind == "places":
+        tensors[f"{name}columns"][0] = 48
+        save_file(tensors, path, metadata={"format": "pt"})
+    elif kind == "shorter":
+        tensors[f"{name}values"] = tensors[f"{name}values"][:-1].clone()
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        del tensors[f"{name}values"]
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no adapter_model.safetensors"),
+        ("truncated", "cannot be read"),
+        ("places", "places outside of its matrix"),
+        ("shorter", r"should have \d+ entries, qwha_values in the file has \(\d+,\)"),
+        ("dropped", "qwha_values in the file has none"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(tmp_path: Path, kind: str, message: str) -> None:
+    save_adapter(built(), tmp_path)
+    damage(tmp_path, kind)
+    with pytest.raises(ArtifactError, match=message):
+        load_adapter(base(), tmp_path, trainable=False)
+
+
+def test_another_methods_adapter_is_refused(tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(ArtifactError, match="method is LORA, not QWHA"):
+        load_adapter(base(), tmp_path, trainable=False)
+
+
+def test_wrong_layers_are_refused_before_anything_is_changed() -> None:
+    model = base()
+    with pytest.raises(ModelError, match=r"layer model.layers.9.x: the model has no such module"):
+        add_adapter(model, rank=4, scale=1.0, targets=["model.layers.9.x"], rows={})
+    with pytest.raises(ModelError, match=f"layer {Q}: no entries"):
+        add_adapter(model, rank=4, scale=1.0, targets=[Q], rows={})
+    with pytest.raises(ArtifactError, match=r"\(48, 48\) on one of \(48, 80\)"):
+        add_adapter(base(), rank=4, scale=1.0, targets=[DOWN], rows={DOWN: entries()[Q]})
+    assert not spectral_layers(model)
+
+
+def test_assigning_to_a_layer_without_adapter_is_refused() -> None:
+    model = built()
+    with pytest.raises(ModelError, match=r"layer model.layers.1.self_attn.q_proj: adapter default has no such layer"):
+        model.base_model.assign("default", {"model.layers.1.self_attn.q_proj": entries()[Q]})
+
+
+def test_settings_for_all_layers_reach_every_layer() -> None:
+    model = built().eval()
+    plain = logits(model)
+    cache_weights(model, True)
+    set_keep(model, "speed")
+    assert torch.equal(logits(model), plain)
+    assert all(len(layer._weights) == 1 and layer.keep == "speed" for layer in spectral_layers(model).values())
+    model.zero_grad()
+    model.train()(IDS, labels=IDS).loss.backward()
+    speed = [layer.qwha_values["default"].grad.clone() for layer in spectral_layers(model).values()]
+    model.zero_grad()
+    set_keep(model, "memory")
+    model(IDS, labels=IDS).loss.backward()
+    memory = [layer.qwha_values["default"].grad for layer in spectral_layers(model).values()]
+    assert all(torch.equal(one, other) for one, other in zip(speed, memory, strict=True))
+
+
+def test_a_config_filled_for_one_model_still_serves_another() -> None:
+    config = SpectralConfig(rank=2, target_modules=["q_proj"])
+    for width in (48, 96):
+        model = get_peft_model(tiny_llama(hidden_size=width), config)
+        counts = {len(layer.qwha_values["default"]) for layer in spectral_layers(model).values()}
+        assert counts == {2 * 2 * width}
