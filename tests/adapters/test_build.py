@@ -66,7 +66,9 @@ def test_an_added_adapter_has_the_given_entries_and_only_they_train(basis: str) 
 @pytest.mark.parametrize("basis", ["weight", "hadamard"])
 def test_what_was_saved_loads_with_the_same_bits(tmp_path: Path, basis: str, trainable: bool) -> None:
     model = built(base(basis)).eval()
-    save_adapter(model, tmp_path / "adapter", base="some/base")
+    for _ in range(2):  # peft updates an existing card
+        save_adapter(model, tmp_path / "adapter", base="some/base")
+    assert (tmp_path / "adapter" / "README.md").read_text().count("import qwha_cli.integrations") == 1
     loaded = load_adapter(base(basis), tmp_path / "adapter", trainable=trainable)
     assert torch.equal(logits(loaded.eval()), logits(model))
     assert any(p.requires_grad for p in loaded.parameters()) == trainable

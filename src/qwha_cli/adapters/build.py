@@ -26,6 +26,16 @@ from qwha_cli.kernels.sparse_matmul import SparseRows
 
 ADAPTER = "default"
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+_LOADING = """
+## Loading
+
+peft and transformers know this adapter's method after one import; without it they stop at `KeyError: 'QWHA'`.
+
+    import qwha_cli.integrations
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained("this folder")
+"""
 
 
 def add_adapter(
@@ -136,7 +146,7 @@ def _check_places(model: nn.Module, folder: Path) -> None:
 
 
 def save_adapter(peft_model: PeftModel, folder: Path, *, base: str | None = None) -> None:
-    """Write adapter_config.json, adapter_model.safetensors and peft's model card. Asks no network.
+    """Write adapter_config.json, adapter_model.safetensors and a model card that says how to load them. Asks no network.
 
     Args:
         peft_model: The model whose adapter is written.
@@ -148,6 +158,10 @@ def save_adapter(peft_model: PeftModel, folder: Path, *, base: str | None = None
         config.base_model_name_or_path = base
     # otherwise peft looks the base's vocabulary up on the hub (peft#1452)
     peft_model.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False)
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8")
+    if _LOADING.strip() not in text:
+        card.write_text(text + _LOADING, encoding="utf-8")
 
 
 def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
