@@ -97,7 +97,15 @@ def test_a_format_survives_its_dictionary() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("method", "awq"), ("bits", 5), ("bits", None), ("group_size", 0), ("group_size", "64"), ("symmetric", None), ("basis", "dct")],
+    [
+        ("method", "awq"),
+        ("bits", 5),
+        ("bits", None),
+        ("group_size", 0),
+        ("group_size", "64"),
+        ("symmetric", None),
+        ("basis", "dct"),
+    ],
 )
 def test_a_format_that_this_version_cannot_read_is_refused(key: str, value: object) -> None:
     with pytest.raises(ArtifactError, match="unknown quantization format") as caught:

@@ -131,9 +131,12 @@ class QwhaQuantizer(HfQuantizer):
 
     requires_calibration = True  # so transformers refuses to make one of our configs out of thin air
 
+    def validate_environment(self, *args: object, **kwargs: object) -> None:
+        """Check the Hadamard matrices; here, because the later steps run where every new tensor is on the meta device."""
+        cast(QwhaQuantizationConfig, self.quantization_config).check_hadamard()
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:  # noqa: ANN401
         config = cast(QwhaQuantizationConfig, self.quantization_config)
-        config.check_hadamard()
         put_quantized_layers(model, config.modules, format=config.format)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:  # noqa: ANN401
