@@ -44,10 +44,10 @@ def smooth(weight: Tensor, gram: Tensor, *, alpha: float, group_size: int, name:
     """
     check_group(name, weight.shape[1], group_size)
     norm = largest_eigenvalue(gram)
+    smoothed = weight.clone(memory_format=torch.contiguous_format)
     if norm == 0:
-        return weight.clone()
+        return smoothed
     normalised = gram / norm
-    smoothed = weight.clone()
     ahead, momentum = smoothed, 1.0
     before = _objective(weight, smoothed, normalised, alpha, group_size)
     for _ in range(iterations):
@@ -57,8 +57,8 @@ def smooth(weight: Tensor, gram: Tensor, *, alpha: float, group_size: int, name:
         ahead = stepped + (momentum - 1) / following * (stepped - smoothed)
         smoothed, momentum = stepped, following
     after = _objective(weight, smoothed, normalised, alpha, group_size)
-    # "not <=" also catches NaN; the slack is float32's rounding of the sums
-    if not after <= before * (1 + 1e-4) + 1e-12:
+    # "not <=" also catches NaN, and below zero only a matrix that is no Gram matrix leads; the slack is float32's rounding
+    if not 0 <= after <= before * (1 + 1e-4) + 1e-12:
         raise NumericsError(
             f"MagR diverged: its objective went from {before:.4g} to {after:.4g} with alpha {alpha:g}",
             where=f"layer {name}",
