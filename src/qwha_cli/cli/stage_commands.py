@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from qwha_cli.cli.options import (
     shorthands,
 )
 from qwha_cli.cli.output import print_json
+from qwha_cli.cli.quiet import quiet_libraries
 from qwha_cli.errors import ArtifactError, UsageError
 
 RESOLVED = "recipe.resolved.yaml"
@@ -70,7 +72,7 @@ def _add(app: typer.Typer, name: str) -> None:
     ) -> None:
         changes = [*(overrides or []), *shorthands(device=device, seed=seed, output=output)]
         until = None if name == "run" else name
-        execute(recipe, changes, until=until, force=force, verify=verify, as_json=as_json)
+        execute(recipe, changes, until=until, force=force, verify=verify, as_json=as_json, debug=debug)
 
     del command  # Typer holds it
 
@@ -107,11 +109,18 @@ def evaluate(
     if recipe is None:
         recipe, found = newest_recipe(output or RUNS)
         changes += found
-    execute(recipe, changes, until="eval", force=force, verify=verify, as_json=as_json)
+    execute(recipe, changes, until="eval", force=force, verify=verify, as_json=as_json, debug=debug)
 
 
 def execute(
-    reference: str, changes: Sequence[str], *, until: str | None, force: bool = False, verify: bool = False, as_json: bool = False
+    reference: str,
+    changes: Sequence[str],
+    *,
+    until: str | None,
+    force: bool = False,
+    verify: bool = False,
+    as_json: bool = False,
+    debug: bool = False,
 ) -> None:
     """Run a recipe's stages up to `until` (None: all) and print the outcome.
 
@@ -122,6 +131,7 @@ def execute(
         force: Make that stage (or all) again.
         verify: Check inputs by sha256.
         as_json: Print the result as one object on stdout.
+        debug: Leave the libraries' own messages on.
     """
     from qwha_cli.cli.console import is_first_rank, watching
     from qwha_cli.cli.tables import results_table
@@ -131,10 +141,11 @@ def execute(
     with watching() as events:
         say = events.say
         say(f"recipe   {reference}" + (f"  with {' '.join(changes)}" if changes else ""))
-        from qwha_cli.stages.runner import RunOptions, run_stages  # after the line above: importing torch takes seconds
-
         forced = () if not force else STAGES if until is None else (until,)
-        result = run_stages(recipe, until=until, events=events, options=RunOptions(force=forced, deep_verify=verify))
+        with contextlib.nullcontext() if debug else quiet_libraries():
+            from qwha_cli.stages.runner import RunOptions, run_stages  # after the line above: importing torch takes seconds
+
+            result = run_stages(recipe, until=until, events=events, options=RunOptions(force=forced, deep_verify=verify))
         events.close()
         if result.table:
             events.console.print(results_table(result.table, bits=recipe.quantize.bits))

@@ -73,8 +73,9 @@ def base_matrix(order: int) -> Tensor:
     Raises:
         KernelError: No construction is known here for this order.
     """
-    # a tensor first made under inference_mode could never take part in training afterwards
-    with torch.inference_mode(False):
+    # cached for good, so whatever mode the first caller is in must not stick: a tensor made under inference_mode could never take
+    # part in training, and transformers builds its skeletons with the meta device as default
+    with torch.inference_mode(False), torch.device("cpu"):
         return _make(order)
 
 

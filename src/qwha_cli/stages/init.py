@@ -74,7 +74,7 @@ def run(context: StageContext) -> dict[str, object]:
     adapted = add_adapter(
         model, rank=recipe.adapter.rank, scale=recipe.adapter.scale, targets=[t.name for t in targets], rows=rows
     )
-    save_adapter(adapted, context.draft)
+    save_adapter(adapted, context.draft, base=str(context.inputs["quantize"]))
     write_lines(context.draft / "layers.jsonl", records)
     layer_heatmap(records, "error_after", context.draft / "heatmap.png", title="Layer output error after initialisation")
     entries_histogram(records, context.draft / "entries.png")

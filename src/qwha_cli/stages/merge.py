@@ -24,6 +24,7 @@ from qwha_cli.quant.checkpoint import load_base
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import replace
 from qwha_cli.stages.context import StageContext
+from qwha_cli.stages.plan import FOLDERS
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Fixed text of several kinds, so that the comparison is the same in every run.
@@ -42,7 +43,7 @@ PROMPTS = (
 def run(context: StageContext) -> dict[str, object]:
     """Merge the trained adapter, write the model, reload it and compare; return the comparison."""
     recipe = context.recipe
-    quantized = context.inputs["train"].parent / "1-quantize"
+    quantized = context.inputs["train"].parent / FOLDERS["quantize"]
     tokenizer = load_tokenizer(quantized)
     context.progress(0, 3, "loading base and adapter")
     adapted = load_adapter(load_base(quantized, dtype=torch.float32), context.inputs["train"], trainable=False)

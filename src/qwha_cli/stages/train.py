@@ -9,16 +9,18 @@ import shutil
 from typing import cast
 
 from qwha_cli import catalog
-from qwha_cli.adapters.build import load_adapter, save_adapter, spectral_layers
+from qwha_cli.adapters.build import load_adapter, save_adapter, set_keep
 from qwha_cli.data.example import Example
 from qwha_cli.data.split import train_validation
 from qwha_cli.data.tokenize import Encoded, encode
 from qwha_cli.errors import DataError
 from qwha_cli.models.load import load_tokenizer
 from qwha_cli.quant.checkpoint import load_base
+from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.recipe.schema import Recipe
 from qwha_cli.report.plots import loss_curve
 from qwha_cli.stages.context import StageContext
+from qwha_cli.stages.plan import FOLDERS
 from qwha_cli.training.loop import TrainSettings, train
 
 
@@ -26,17 +28,21 @@ def run(context: StageContext) -> dict[str, object]:
     """Train the initialised adapter and write it as a peft folder with metrics.jsonl and loss.png; return the summary."""
     recipe = context.recipe
     settings = recipe.train
-    tokenizer = load_tokenizer(context.inputs["init"].parent / "1-quantize")
+    quantized = context.inputs["init"].parent / FOLDERS["quantize"]
+    tokenizer = load_tokenizer(quantized)
     examples = read_examples(recipe.train.data, recipe=recipe, tokenizer=tokenizer)
     size = settings.validation.examples if settings.validation else 0
     kept, held = train_validation(examples, size=size, seed=recipe.seed)
     encoded = _encode(context, kept, tokenizer)
     validation = _encode(context, held, tokenizer)
-    base = load_base(context.inputs["init"].parent / "1-quantize", dtype=context.dtype)
+    base = load_base(quantized, dtype=context.dtype)
     model = load_adapter(base, context.inputs["init"], trainable=True)
     model.to(context.device)
-    for layer in spectral_layers(model).values():
-        layer.keep = settings.keep
+    set_keep(model, settings.keep)
+    if settings.keep == "speed":
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.keep_dense = True
     outcome = train(
         model,
         encoded,
@@ -47,11 +53,10 @@ def run(context: StageContext) -> dict[str, object]:
         progress=context.events.training(),
         interrupted=context.interrupted,
     )
-    save_adapter(model, context.draft)
+    save_adapter(model, context.draft, base=str(quantized))
     shutil.copyfile(outcome.metrics_path, context.draft / "metrics.jsonl")
     loss_curve(context.draft / "metrics.jsonl", context.draft / "loss.png")
-    for note in outcome.notes:
-        context.note(note)
+    context.notes.extend(outcome.notes)  # the watcher has heard them already
     return outcome.summary() | {"examples": len(kept), "validation_examples": len(held)}
 
 
