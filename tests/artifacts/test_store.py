@@ -41,9 +41,13 @@ def test_published_artifact_reads_back_with_sizes_and_hashes(tmp_path: Path) -> 
 
 
 def test_failure_while_drafting_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="broken"), drafting(tmp_path / "1-quantize") as draft:
-        (draft / "half.bin").write_text("x")
-        raise ValueError("broken")
+    def break_off() -> None:
+        with drafting(tmp_path / "1-quantize") as draft:
+            (draft / "half.bin").write_text("x")
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        break_off()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,7 +117,10 @@ def test_foreign_manifest_is_refused(tmp_path: Path) -> None:
 
 
 def test_second_process_on_the_same_run_is_refused(tmp_path: Path) -> None:
-    code = "import sys,time\nfrom pathlib import Path\nfrom qwha_cli.artifacts.store import locked\nwith locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    code = (
+        "import sys,time\nfrom pathlib import Path\nfrom qwha_cli.artifacts.store import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     try:

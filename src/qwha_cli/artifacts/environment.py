@@ -8,7 +8,18 @@ import platform
 import subprocess
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lm-eval", "safetensors", "triton", "liger-kernel")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "lm-eval",
+    "safetensors",
+    "triton",
+    "liger-kernel",
+)
 
 
 def package_version(name: str) -> str | None:

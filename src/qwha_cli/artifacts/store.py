@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from qwha_cli.errors import ArtifactError, ResourceError
 
 
 @contextlib.contextmanager
-def drafting(final: Path) -> Iterator[Path]:
+def drafting(final: Path) -> Generator[Path]:
     """Yield an empty folder beside `final` to write into; it disappears unless `publish` renames it.
 
     Raises:
@@ -144,7 +144,7 @@ def verify(folder: Path, *, deep: bool = False) -> Manifest:
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path) -> Generator[None]:
     """Hold a run folder for this process; the lock falls with the process, however it ends.
 
     Raises:

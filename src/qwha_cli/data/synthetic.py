@@ -15,7 +15,7 @@ from qwha_cli.data.gsm8k import word_problem
 from qwha_cli.data.word_problems import KINDS
 from qwha_cli.errors import DataError
 
-VERSION = 1
+VERSION = 2
 """Raise when generated problems change, so that what was trained on the old ones becomes stale."""
 
 DEFAULT_COUNT = {"train": 2000, "validation": 200, "test": 200}

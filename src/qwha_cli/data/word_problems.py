@@ -1,7 +1,8 @@
 """The kinds of problem that `synthetic.py` draws from: each a function of a random stream.
 
 A kind returns the question, the lines of a worked solution and the answer, which is always a non-negative integer. Questions stay
-under about 40 tokens and solutions under 50, and every line of a solution states one computation with its result. Reading is part
+under about 40 tokens and solutions under 50, numbers stay small enough for a
+135M model to learn their sums and products, and every line of a solution states one computation with its result. Reading is part
 of the task: kinds share words (more, left, each, altogether) and differ in what is done with the numbers.
 """
 
@@ -30,8 +31,8 @@ def _two_people(rng: Random) -> tuple[str, str, str]:
 def buy_and_give(rng: Random) -> Problem:
     """Addition, then subtraction."""
     name, pronoun, friend = _two_people(rng)
-    thing, have, buy = rng.choice(THINGS), rng.randint(5, 40), rng.randint(3, 30)
-    give = rng.randint(2, have + buy - 1)
+    thing, have, buy = rng.choice(THINGS), rng.randint(3, 10), rng.randint(2, 9)
+    give = rng.randint(2, min(9, have + buy - 1))
     question = f"{name} has {have} {thing}. {pronoun.capitalize()} buys {buy} more and gives {give} to {friend}. "
     total = have + buy
     left = total - give
@@ -42,7 +43,7 @@ def buy_and_give(rng: Random) -> Problem:
 def times_as_many(rng: Random) -> Problem:
     """Multiplication, then a sum with what was multiplied."""
     name, _, friend = _two_people(rng)
-    thing, have, times = rng.choice(THINGS), rng.randint(3, 25), rng.randint(2, 6)
+    thing, have, times = rng.choice(THINGS), rng.randint(2, 6), rng.randint(2, 4)
     more = have * times
     question = f"{name} has {have} {thing}. {friend} has {times} times as many. How many {thing} do they have altogether?"
     steps = [f"{friend} has {have} * {times} = {more} {thing}.", f"Together they have {have} + {more} = {have + more}."]
@@ -52,7 +53,7 @@ def times_as_many(rng: Random) -> Problem:
 def half_then_more(rng: Random) -> Problem:
     """Halving, then addition: the first day's number is the larger."""
     name, pronoun = rng.choice(PEOPLE)
-    thing, half = rng.choice(THINGS), rng.randint(3, 30)
+    thing, half = rng.choice(THINGS), rng.randint(2, 9)
     first = 2 * half
     question = f"{name} sold {first} {thing} on Monday and half as many on Tuesday. How many {thing} did {pronoun} sell in all?"
     steps = [f"On Tuesday {name} sold {first} / 2 = {half} {thing}.", f"In all {pronoun} sold {first} + {half} = {first + half}."]
@@ -62,8 +63,8 @@ def half_then_more(rng: Random) -> Problem:
 def equal_containers(rng: Random) -> Problem:
     """Multiplication, then subtraction."""
     name, pronoun = rng.choice(PEOPLE)
-    thing, box, number, each = rng.choice(THINGS), rng.choice(CONTAINERS), rng.randint(2, 9), rng.randint(3, 12)
-    lost = rng.randint(1, number * each - 1)
+    thing, box, number, each = rng.choice(THINGS), rng.choice(CONTAINERS), rng.randint(2, 5), rng.randint(2, 5)
+    lost = rng.randint(1, min(9, number * each - 1))
     total = number * each
     question = (
         f"{name} fills {number} {box} with {each} {thing} each. Then {pronoun} takes out {lost}. How many are still inside?"
@@ -75,7 +76,7 @@ def equal_containers(rng: Random) -> Problem:
 def share_equally(rng: Random) -> Problem:
     """Addition, then division without remainder."""
     name, pronoun = rng.choice(PEOPLE)
-    thing, friends, each = rng.choice(THINGS), rng.randint(2, 9), rng.randint(2, 12)
+    thing, friends, each = rng.choice(THINGS), rng.randint(2, 5), rng.randint(2, 6)
     total = friends * each
     first = rng.randint(1, total - 1)
     question = f"{name} has {first} {thing} and finds {total - first} more. "
@@ -87,7 +88,7 @@ def share_equally(rng: Random) -> Problem:
 def change_from_note(rng: Random) -> Problem:
     """Multiplication, then subtraction from the money paid."""
     name, pronoun = rng.choice(PEOPLE)
-    good, number, price = rng.choice(GOODS), rng.randint(2, 9), rng.randint(2, 12)
+    good, number, price = rng.choice(GOODS), rng.randint(2, 5), rng.randint(2, 5)
     cost = number * price
     paid = rng.choice([note for note in (20, 50, 100, 200) if note > cost])
     question = f"A {good} costs ${price}. {name} buys {number} of them and pays with ${paid}. How much change does {pronoun} get?"
@@ -98,8 +99,8 @@ def change_from_note(rng: Random) -> Problem:
 def two_prices(rng: Random) -> Problem:
     """Two products and their sum: three steps."""
     name, pronoun = rng.choice(PEOPLE)
-    (first, second), a, b = rng.sample(GOODS, 2), rng.randint(2, 6), rng.randint(2, 6)
-    p, q = rng.randint(2, 12), rng.randint(2, 12)
+    (first, second), a, b = rng.sample(GOODS, 2), rng.randint(2, 4), rng.randint(2, 4)
+    p, q = rng.randint(2, 5), rng.randint(2, 5)
     question = f"{name} buys {a} {first}s at ${p} each and {b} {second}s at ${q} each. How much does {pronoun} pay?"
     one, two = a * p, b * q
     steps = [f"The {first}s cost {a} * {p} = ${one}.", f"The {second}s cost {b} * {q} = ${two}."]
@@ -109,7 +110,7 @@ def two_prices(rng: Random) -> Problem:
 def weekly_saving(rng: Random) -> Problem:
     """Subtraction, then division: how long until a price is reached."""
     name, pronoun = rng.choice(PEOPLE)
-    good, weeks, saving, have = rng.choice(GOODS), rng.randint(2, 9), rng.randint(2, 12), rng.randint(2, 20)
+    good, weeks, saving, have = rng.choice(GOODS), rng.randint(2, 5), rng.randint(2, 6), rng.randint(2, 9)
     price = have + weeks * saving
     question = f"{name} wants a {good} for ${price}. {pronoun.capitalize()} has ${have} and saves ${saving} a week. "
     question += "How many weeks does it take?"
@@ -121,7 +122,7 @@ def weekly_saving(rng: Random) -> Problem:
 def older_than(rng: Random) -> Problem:
     """Addition, then addition of years to come."""
     name, _, friend = _two_people(rng)
-    age, older, years = rng.randint(5, 30), rng.randint(2, 15), rng.randint(2, 10)
+    age, older, years = rng.randint(3, 12), rng.randint(2, 8), rng.randint(2, 6)
     now = age + older
     question = f"{name} is {age} years old. {friend} is {older} years older. How old will {friend} be in {years} years?"
     then = now + years
@@ -132,8 +133,8 @@ def older_than(rng: Random) -> Problem:
 def fewer_than(rng: Random) -> Problem:
     """Subtraction, then a sum with the first number."""
     name, _, friend = _two_people(rng)
-    thing, have = rng.choice(THINGS), rng.randint(12, 60)
-    fewer = rng.randint(2, have - 2)
+    thing, have = rng.choice(THINGS), rng.randint(6, 20)
+    fewer = rng.randint(2, min(9, have - 2))
     less = have - fewer
     question = f"{name} has {have} {thing}. {friend} has {fewer} fewer. How many {thing} do they have altogether?"
     steps = [f"{friend} has {have} - {fewer} = {less} {thing}.", f"Together they have {have} + {less} = {have + less}."]
@@ -143,7 +144,7 @@ def fewer_than(rng: Random) -> Problem:
 def pages_left(rng: Random) -> Problem:
     """Multiplication, then subtraction from the length of a book."""
     name, pronoun = rng.choice(PEOPLE)
-    days, pages, left = rng.randint(2, 9), rng.randint(4, 20), rng.randint(5, 60)
+    days, pages, left = rng.randint(2, 5), rng.randint(2, 6), rng.randint(2, 9)
     read = days * pages
     total = read + left
     question = f"{name} reads {pages} pages a day of a book with {total} pages. How many pages are left after {days} days?"
@@ -153,8 +154,8 @@ def pages_left(rng: Random) -> Problem:
 
 def bus_stops(rng: Random) -> Problem:
     """Subtraction, then addition."""
-    on, up = rng.randint(10, 50), rng.randint(2, 20)
-    off = rng.randint(2, on - 2)
+    on, up = rng.randint(6, 20), rng.randint(2, 9)
+    off = rng.randint(2, min(9, on - 2))
     stay = on - off
     question = f"A bus carries {on} people. At a stop {off} get off and {up} get on. How many people are on the bus now?"
     steps = [f"After {off} get off, {on} - {off} = {stay} stay.", f"Now there are {stay} + {up} = {stay + up} people."]
@@ -164,7 +165,7 @@ def bus_stops(rng: Random) -> Problem:
 def hourly_pay(rng: Random) -> Problem:
     """Addition of hours, then multiplication by the pay."""
     name, pronoun = rng.choice(PEOPLE)
-    first, second, pay = rng.randint(2, 9), rng.randint(2, 9), rng.randint(5, 15)
+    first, second, pay = rng.randint(2, 5), rng.randint(2, 5), rng.randint(2, 6)
     hours = first + second
     question = f"{name} earns ${pay} an hour. {pronoun.capitalize()} works {first} hours on Friday and {second} hours on Sunday. "
     total = hours * pay
@@ -174,9 +175,9 @@ def hourly_pay(rng: Random) -> Problem:
 
 def rows_of_seats(rng: Random) -> Problem:
     """A product and a difference, asked for what is empty."""
-    rows, seats = rng.randint(3, 12), rng.randint(4, 15)
+    rows, seats = rng.randint(2, 6), rng.randint(2, 6)
     total = rows * seats
-    taken = rng.randint(2, total - 1)
+    taken = rng.randint(1, min(9, total - 1))
     question = f"A room has {rows} rows of {seats} seats. {taken} seats are taken. How many seats are empty?"
     steps = [f"The room has {rows} * {seats} = {total} seats.", f"Empty are {total} - {taken} = {total - taken}."]
     return question, steps, total - taken
@@ -185,7 +186,7 @@ def rows_of_seats(rng: Random) -> Problem:
 def double_and_share(rng: Random) -> Problem:
     """Three steps: multiplication, addition, division."""
     name, _, friend = _two_people(rng)
-    thing, have = rng.choice(THINGS), 2 * rng.randint(2, 15)
+    thing, have = rng.choice(THINGS), 2 * rng.randint(2, 8)
     more = 2 * have
     total, each = have + more, (have + more) // 2
     question = f"{name} has {have} {thing} and {friend} has twice as many. They put them together and share equally. "
@@ -197,7 +198,7 @@ def double_and_share(rng: Random) -> Problem:
 def one_step(rng: Random) -> Problem:
     """A single sum or difference."""
     name, pronoun = rng.choice(PEOPLE)
-    thing, have, change = rng.choice(THINGS), rng.randint(20, 99), rng.randint(2, 19)
+    thing, have, change = rng.choice(THINGS), rng.randint(10, 30), rng.randint(2, 9)
     if rng.random() < 0.5:
         question = f"{name} has {have} {thing} and loses {change}. How many {thing} does {pronoun} have now?"
         return question, [f"{name} has {have} - {change} = {have - change} {thing}."], have - change

@@ -187,7 +187,7 @@ class EvalSection(Section):
 class ToleranceSection(Section):
     """How far the merged model may be from base and adapter; beyond it the merge is refused."""
 
-    max_logit_difference: Annotated[Positive, Field(description="Largest absolute difference of a logit.")] = 1.0
+    max_logit_difference: Annotated[Positive, Field(description="Largest absolute difference of a logit.")] = 4.0
     kl: Annotated[Positive, Field(description="Mean Kullback-Leibler divergence a token, in nats.")] = 0.01
 
 
@@ -196,4 +196,4 @@ class MergeSection(Section):
 
     into: Annotated[Literal["bf16", "fp16", "fp32"], Field(description="Number format of the merged weights.")] = "bf16"
     tolerance: Annotated[ToleranceSection, Field(description="Above it the merge exits 1.")] = ToleranceSection()
-    prompts: Annotated[Count, Field(description="Fixed prompts that both are compared on.")] = 8
+    prompts: Annotated[Annotated[int, Field(ge=1, le=8)], Field(description="Fixed prompts that both are compared on.")] = 8

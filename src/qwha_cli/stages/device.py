@@ -29,7 +29,7 @@ def resolve_device(setting: str) -> torch.device:
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """Turn a recipe's dtype into torch's; `auto` is bfloat16 on CUDA and float32 on a CPU, where half formats are slow or inexact."""
+    """Turn a recipe's dtype into torch's; `auto` is bfloat16 on CUDA and float32 on a CPU, where half formats are slow."""
     if setting == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[setting]

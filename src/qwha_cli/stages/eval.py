@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qwha_cli import catalog
-from qwha_cli.adapters.build import load_adapter, spectral_layers
+from qwha_cli.adapters.build import cache_weights, load_adapter, spectral_layers
 from qwha_cli.artifacts.manifest import digest
 from qwha_cli.artifacts.store import write_atomically
 from qwha_cli.data.example import Example
@@ -65,7 +65,7 @@ class _Measurements:
         self.done = 0
         self.model: nn.Module | None = None
         folder = context.inputs.get("quantize")
-        self.tokenizer = load_tokenizer(folder) if folder else load_original(context).tokenizer
+        self.tokenizer = load_tokenizer(folder) if folder else load_original(context, dtype=None).tokenizer
         self._examples: list[Example] | None = None
 
     def names(self) -> list[str]:
@@ -84,7 +84,7 @@ class _Measurements:
         self.context.progress(self.done, self.total, f"{row}: {name}")
         path = self.kept / f"{digest(self._identity(row, name))}.json"
         if path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
         else:
             if self.model is None:
                 self.model = self._load(row)
@@ -95,7 +95,7 @@ class _Measurements:
             file = self.context.draft / "samples" / f"{row}-{name.replace(':', '-')}.jsonl"
             file.write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
         if "tasks" in record:
-            record = {f"task:{record['tasks'][0]['task']}": record["tasks"]}
+            record = {name: record["tasks"]}
         self.done += 1
         self.context.progress(self.done, self.total, f"{row}: {name}")
         return record
@@ -124,28 +124,33 @@ class _Measurements:
         else:
             kept["how"] = [t for t in settings["tasks"] if t["name"] == name.removeprefix("task:")]
             kept["data"] = settings["data"].get(name.removeprefix("task:"))
-        return {"row": row, "source": source, "name": name, "settings": kept, "seed": self.context.recipe.seed, "device": str(self.context.device)}
+        return {
+            "row": row,
+            "source": source,
+            "name": name,
+            "settings": kept,
+            "seed": self.context.recipe.seed,
+            "device": str(self.context.device),
+        }
 
     def _load(self, row: str) -> nn.Module:
         """Load a row's model onto the device, with dense weights cached where layers are packed."""
         context = self.context
         if row == "16-bit":
-            model: nn.Module = load_original(context).model
+            model = load_original(context, dtype=context.dtype).model
         elif row == "merged":
             model = AutoModelForCausalLM.from_pretrained(context.inputs["merge"], dtype=context.dtype)
         else:
             model = load_base(context.inputs["quantize"], dtype=context.dtype)
             if row != "base":
                 model = load_adapter(model, context.inputs["init" if row == "init" else "train"], trainable=False)
-        model.to(context.device).eval()
-        adapted = spectral_layers(model)
-        for layer in adapted.values():
-            layer.cache_weights(True)
-        inside = {id(layer.base_layer) for layer in adapted.values()}
-        for module in model.modules():
+        ready = cast(nn.Module, model).to(context.device).eval()
+        cache_weights(ready, True)
+        inside = {id(layer.base_layer) for layer in spectral_layers(ready).values()}
+        for module in ready.modules():
             if isinstance(module, QuantizedLinear) and id(module) not in inside:
                 module.keep_dense = True
-        return model
+        return ready
 
     def _measure(self, name: str) -> dict[str, object]:
         context, settings = self.context, self.settings

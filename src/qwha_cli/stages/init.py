@@ -22,7 +22,6 @@ from qwha_cli.adapters.spectral.base_layer import dense_linear
 from qwha_cli.errors import GateError
 from qwha_cli.initializers.budget import InitOptions
 from qwha_cli.initializers.refine import residual_error
-from qwha_cli.kernels.hadamard import plan as hadamard_plan
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.wht import transform_gram, wht
 from qwha_cli.models.targets import Target, find_targets
@@ -32,7 +31,7 @@ from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.report.plots import entries_histogram, layer_heatmap
 from qwha_cli.stages.context import StageContext, write_lines
-from qwha_cli.stages.quantize import calibration, load_original
+from qwha_cli.stages.quantize import calibration, load_original, note_blocks
 
 Initialize = Callable[..., SparseRows]
 
@@ -40,7 +39,7 @@ Initialize = Callable[..., SparseRows]
 def run(context: StageContext) -> dict[str, object]:
     """Initialise the adapter of every target and write it as a peft folder with layers.jsonl and plots; return the summary."""
     recipe = context.recipe
-    original = load_original(context)
+    original = load_original(context, dtype=context.dtype)
     model = load_base(context.inputs["quantize"], dtype=context.dtype)
     targets = find_targets(
         model, targets=recipe.adapter.targets, exclude=list(recipe.adapter.exclude), kinds=(QuantizedLinear, nn.Linear)
@@ -107,9 +106,7 @@ def _initialize_layer(
     recipe = context.recipe
     dtype = torch.float64 if recipe.init.precision == "float64" else torch.float32
     out_features, in_features = layer.weight.shape
-    shape = hadamard_plan(in_features)
-    if not shape.exact:
-        context.note(f"no Hadamard matrix of order {in_features} is known here: {shape.size // shape.block} blocks of {shape.block}")
+    note_blocks(context, in_features)
     if id(gram) not in transformed:
         transformed[id(gram)] = transform_gram(gram.to(dtype))
     gram_h = transformed[id(gram)]

@@ -16,13 +16,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qwha_cli.adapters.build import load_adapter, merged_weight, spectral_layers
-from qwha_cli.adapters.spectral.base_layer import dense_linear
+from qwha_cli.adapters.build import load_adapter, spectral_layers
 from qwha_cli.errors import GateError
 from qwha_cli.models.load import load_tokenizer
 from qwha_cli.quant.checkpoint import load_base
-from qwha_cli.quant.linear import QuantizedLinear
-from qwha_cli.quant.swap import replace
 from qwha_cli.stages.context import StageContext
 from qwha_cli.stages.plan import FOLDERS
 
@@ -48,15 +45,16 @@ def run(context: StageContext) -> dict[str, object]:
     context.progress(0, 3, "loading base and adapter")
     adapted = load_adapter(load_base(quantized, dtype=torch.float32), context.inputs["train"], trainable=False)
     adapted.to(context.device)
-    expected = logits(adapted, tokenizer)
+    expected = logits(adapted, tokenizer, prompts=recipe.merge.prompts)
     context.progress(1, 3, "merging")
-    plain = merge_model(adapted.cpu(), dtype=_DTYPES[recipe.merge.into])
+    adapted.cpu()
+    plain = merge_model(adapted, dtype=_DTYPES[recipe.merge.into])
     plain.save_pretrained(context.draft)
     tokenizer.save_pretrained(context.draft)
     del adapted, plain
     context.progress(2, 3, "checking the written model")
     check = compare_merged(context.draft, expected, tokenizer, device=context.device)
-    check["prompts"] = len(PROMPTS)
+    check["prompts"] = len(expected)
     (context.draft / "check.json").write_text(json.dumps(check, indent=2) + "\n", encoding="utf-8")
     tolerance = recipe.merge.tolerance
     over = [name for name in ("max_logit_difference", "kl") if check[name] > getattr(tolerance, name)]
@@ -78,32 +76,21 @@ def merge_model(adapted: PeftModel, *, dtype: torch.dtype) -> PreTrainedModel:
         adapted: A peft model over a quantized base, on the CPU. It is taken apart.
         dtype: Number format of all floating-point weights of the result.
     """
-    model = cast(PreTrainedModel, adapted.get_base_model())
-    for name, layer in spectral_layers(adapted).items():
-        replace(model, name, dense_linear(merged_weight(layer, dtype), layer.base_layer.bias))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantizedLinear):
-            replace(model, name, dense_linear(module.weight_in_weight_basis(dtype), module.bias))
-    model.to(dtype)
+    for layer in spectral_layers(adapted).values():
+        layer.merge_dtype = dtype
+    model = cast(PreTrainedModel, adapted.merge_and_unload())
+    cast(nn.Module, model).to(dtype)
     model.config.dtype = dtype
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    # save_pretrained refuses a model that says it is quantized; ours no longer is.
-    model.is_quantized = False
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-    model._hf_peft_config_loaded = False
     return model
 
 
-def logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Return each fixed prompt's logits, float32 (tokens, vocabulary), on the CPU."""
+def logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, prompts: int = len(PROMPTS)) -> list[Tensor]:
+    """Return the logits of the first so many fixed prompts, each float32 (tokens, vocabulary), on the CPU."""
     device = next(model.parameters()).device
     model.eval()
     found: list[Tensor] = []
     with torch.no_grad():
-        for prompt in PROMPTS:
+        for prompt in PROMPTS[:prompts]:
             ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
             found.append(model(input_ids=ids).logits[0].float().cpu())
     return found
@@ -118,8 +105,8 @@ def compare_merged(
         `max_logit_difference`: the largest |Δlogit| over prompts, tokens and words.
         `kl`: mean over tokens of KL(base + adapter || merged), in nats.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    found = logits(model, tokenizer)
+    model = cast(nn.Module, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).to(device)
+    found = logits(model, tokenizer, prompts=len(expected))
     difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
     divergences = [
         torch.nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none").sum(-1)

@@ -35,7 +35,9 @@ Quantize = Callable[..., PackedWeight]
 def run(context: StageContext) -> dict[str, object]:
     """Quantize the recipe's model and write it as a Hugging Face folder with layers.jsonl; return the summary."""
     recipe = context.recipe
-    loaded = load_original(context)
+    # In the checkpoint's own format, so that what is not quantized is stored as it was; the walk computes in the context's.
+    own = None if recipe.model.dtype == "auto" else context.dtype
+    loaded = load_original(context, dtype=own)
     targets = quantized_targets(loaded.model, recipe)
     context.progress(0, 1, "reading calibration text")
     tokens = calibration(context, loaded)
@@ -58,11 +60,11 @@ def run(context: StageContext) -> dict[str, object]:
     return _summary(records, loaded)
 
 
-def load_original(context: StageContext) -> LoadedModel:
-    """Load the recipe's 16-bit model on the CPU."""
+def load_original(context: StageContext, *, dtype: torch.dtype | None) -> LoadedModel:
+    """Load the recipe's 16-bit model on the CPU in a number format; None for the checkpoint's own."""
     model = context.recipe.model
     context.progress(0, 1, f"loading {model.id}")
-    return load(model.id, revision=model.revision, dtype=context.dtype, seed=context.recipe.seed)
+    return load(model.id, revision=model.revision, dtype=dtype, seed=context.recipe.seed)
 
 
 def calibration(context: StageContext, loaded: LoadedModel) -> Tensor:
@@ -105,6 +107,13 @@ def _options(recipe: Recipe) -> QuantizerOptions:
     )
 
 
+def note_blocks(context: StageContext, size: int) -> None:
+    """Say so where a transform is block-diagonal because no Hadamard matrix of its whole size is known."""
+    shape = hadamard_plan(size)
+    if not shape.exact:
+        context.note(f"no Hadamard matrix of order {size} is known here: {size // shape.block} blocks of {shape.block}")
+
+
 def _quantize_layer(
     context: StageContext, model: nn.Module, target: Target, gram: Tensor, transformed: dict[int, Tensor]
 ) -> dict[str, object]:
@@ -120,11 +129,7 @@ def _quantize_layer(
             remedy="load the model with model.dtype=float32, or use other calibration text",
         )
     if recipe.quantize.basis == "hadamard":
-        shape = hadamard_plan(linear.in_features)
-        if not shape.exact:
-            context.note(
-                f"no Hadamard matrix of order {linear.in_features} is known here: {shape.size // shape.block} blocks of {shape.block}"
-            )
+        note_blocks(context, linear.in_features)
         weight = wht(weight)
         if id(gram) not in transformed:  # q, k and v share one Gram, and so does its transform
             transformed[id(gram)] = transform_gram(gram)

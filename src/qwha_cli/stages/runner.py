@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -249,7 +249,7 @@ def _wait_for(stage: PlannedStage) -> None:
 
 
 @contextlib.contextmanager
-def _explained_memory(stage: str) -> Iterator[None]:
+def _explained_memory(stage: str) -> Generator[None]:
     try:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
@@ -261,14 +261,16 @@ def _explained_memory(stage: str) -> Iterator[None]:
             "eval": "lower eval.batch_size",
             "merge": "run on a machine that holds the model in 16 bits, or `model.device=cpu`",
         }
-        raise ResourceError(f"{place} ran out of memory: {str(error).splitlines()[0]}", where=stage, remedy=remedies[stage]) from error
+        raise ResourceError(
+            f"{place} ran out of memory: {str(error).splitlines()[0]}", where=stage, remedy=remedies[stage]
+        ) from error
 
 
 class _Interruption:
     """Whether the user asked to stop (Ctrl-C, or a scheduler's SIGTERM).
 
-    While training runs, the first request only raises this flag: the loop finishes its step, saves, and leaves. A second one, or any
-    outside training, raises KeyboardInterrupt at once.
+    While training runs, the first request only raises this flag: the loop finishes its step, saves, and leaves. A second one, or
+    any outside training, raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
@@ -285,7 +287,7 @@ class _Interruption:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[_Interruption]:
+def _interruptible() -> Generator[_Interruption]:
     interruption = _Interruption()
     signals = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():

@@ -6,7 +6,10 @@ Checkpoints live in the run's work folder until the artifact is published, so a 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import cast
+
+from transformers import PreTrainedTokenizerBase
 
 from qwha_cli import catalog
 from qwha_cli.adapters.build import load_adapter, save_adapter, set_keep
@@ -18,6 +21,7 @@ from qwha_cli.models.load import load_tokenizer
 from qwha_cli.quant.checkpoint import load_base
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.recipe.schema import Recipe
+from qwha_cli.recipe.train_section import AnswersSection, TrainDataSection
 from qwha_cli.report.plots import loss_curve
 from qwha_cli.stages.context import StageContext
 from qwha_cli.stages.plan import FOLDERS
@@ -47,7 +51,7 @@ def run(context: StageContext) -> dict[str, object]:
         model,
         encoded,
         encoded_validation=validation,
-        settings=_settings(recipe, tokenizer.pad_token_id),
+        settings=_settings(recipe, cast(int, tokenizer.pad_token_id)),
         work_dir=context.work,
         identity=context.key,
         progress=context.events.training(),
@@ -60,27 +64,24 @@ def run(context: StageContext) -> dict[str, object]:
     return outcome.summary() | {"examples": len(kept), "validation_examples": len(held)}
 
 
-def read_examples(data: object, *, recipe: Recipe, tokenizer: object) -> list[Example]:
+def read_examples(
+    data: TrainDataSection | AnswersSection, *, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
     """Read the examples of a data section (`train.data` or `eval.answers`)."""
-    read = catalog.load(catalog.DATASETS[data.format])  # pyright: ignore[reportAttributeAccessIssue]
-    return cast(
-        list[Example],
-        read(  # pyright: ignore[reportCallIssue]
-            data.path, split=data.split, seed=recipe.seed, limit=data.limit, tokenizer=tokenizer
-        ),
-    )
+    read = cast(Callable[..., list[Example]], catalog.load(catalog.DATASETS[data.format]))
+    return read(data.path, split=data.split, seed=recipe.seed, limit=data.limit, tokenizer=tokenizer)
 
 
-def _encode(context: StageContext, examples: list[Example], tokenizer: object) -> list[Encoded]:
+def _encode(context: StageContext, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     settings = context.recipe.train
     encoded = [encode(e, tokenizer, max_length=settings.max_length, mask_prompt=settings.data.mask_prompt) for e in examples]
     kept = [e for e in encoded if any(label != -100 for label in e.labels)]
     if examples and not kept:
-        raise DataError(
-            f"no answer fits into {settings.max_length} tokens", where="train.data", remedy="raise train.max_length"
-        )
+        raise DataError(f"no answer fits into {settings.max_length} tokens", where="train.data", remedy="raise train.max_length")
     if len(kept) < len(encoded):
-        context.note(f"{len(encoded) - len(kept)} of {len(encoded)} examples left out: no answer within {settings.max_length} tokens")
+        context.note(
+            f"{len(encoded) - len(kept)} of {len(encoded)} examples left out: no answer within {settings.max_length} tokens"
+        )
     return kept
 
 

@@ -1,0 +1,167 @@
+"""What goes wrong for users: each failure has its message, its exit code and its remedy, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from qwha_cli.artifacts.manifest import read_manifest
+from qwha_cli.cli.app import app
+
+
+def fail(output: Path, *arguments: str, command: str = "run") -> tuple[int, dict[str, object], str]:
+    """Run the command line on the smoke recipe; return exit code, the error object of --json, and what people read."""
+    result = CliRunner().invoke(app, [command, "tiny-random", f"output={output}", *arguments, "--json"])
+    assert "Traceback" not in result.output
+    return result.exit_code, json.loads(result.stdout.strip().splitlines()[-1])["error"], result.stderr
+
+
+def published(output: Path) -> list[str]:
+    """Return the artifacts of the run, and make sure that nothing else was left of the failed stage."""
+    run = output / "tiny-random"
+    assert [p.name for p in run.glob(".*.draft")] == []
+    folders = [p for p in sorted(run.glob("[1-5]-*")) if p.is_dir()]
+    assert all(read_manifest(folder) is not None for folder in folders)
+    return [folder.name for folder in folders]
+
+
+def test_wrong_model_id(tmp_path: Path) -> None:
+    code, error, text = fail(tmp_path, "model.id=nobody/no-such-model")
+    assert (code, error["code"]) == (1, "model")
+    assert "nobody/no-such-model" in text
+    assert "remedy: " in text
+    assert published(tmp_path) == []
+
+
+def test_missing_calibration_file(tmp_path: Path) -> None:
+    code, error, text = fail(tmp_path, "quantize.calibration.data=no/such/file.txt")
+    assert (code, error["code"]) == (1, "data")
+    assert "no/such/file.txt" in text
+    assert published(tmp_path) == []
+
+
+def test_test_data_is_refused_for_calibration(tmp_path: Path) -> None:
+    code, error, text = fail(tmp_path, "quantize.calibration.split=test")
+    assert (code, error["code"]) == (2, "recipe")
+    assert "test" in text
+    file = tmp_path / "wiki.test.txt"
+    file.write_text("some words " * 1000)
+    code, error, _ = fail(tmp_path / "runs", f"quantize.calibration.data={file}")
+    assert (code, error["code"]) == (1, "data")
+
+
+def test_missing_training_file_keeps_the_finished_stages(tmp_path: Path) -> None:
+    code, error, text = fail(tmp_path, "train.data.format=gsm8k", "train.data.path=no-such.jsonl")
+    assert (code, error["code"]) == (1, "data")
+    assert "no-such.jsonl" in text
+    assert published(tmp_path) == ["1-quantize", "2-init"]
+
+
+def test_architecture_without_linear_layers_in_blocks(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 320}))
+    code, error, text = fail(tmp_path, f"model.id=random:{config}")
+    assert (code, error["code"]) == (1, "model")
+    assert "remedy: " in text
+    assert published(tmp_path) == []
+
+
+def test_layer_that_groups_do_not_divide(tmp_path: Path) -> None:
+    code, error, _ = fail(tmp_path, "quantize.group_size=64")
+    assert (code, error["code"]) == (1, "model")
+    assert "layers.0" in str(error["where"])
+    assert "quantize.exclude" in str(error["remedy"])
+    assert published(tmp_path) == []
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qwha_cli.stages.quantize.save_base", full)
+    code, error, text = fail(tmp_path)
+    assert (code, error["code"]) == (1, "resource")
+    assert "disk is full" in text
+    assert published(tmp_path) == []
+
+
+def test_loss_that_is_not_finite(tmp_path: Path) -> None:
+    code, error, text = fail(tmp_path, "train.lr=1e30", "train.precision=fp32", "train.clip=null")
+    assert (code, error["code"]) == (1, "numerics")
+    assert "lr" in text
+    assert published(tmp_path) == ["1-quantize", "2-init"]
+
+
+def test_out_of_gpu_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*args: object, **kwargs: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("qwha_cli.stages.quantize.walk", exhausted)
+    code, error, text = fail(tmp_path)
+    assert (code, error["code"]) == (1, "resource")
+    assert "quantize.calibration.batch_size" in text
+    assert published(tmp_path) == []
+
+
+def test_corrupted_base_is_found_when_it_is_read(tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["quantize", "tiny-random", f"output={tmp_path}"]).exit_code == 0
+    weights = tmp_path / "tiny-random" / "1-quantize" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 0xFF  # the size stays: only the contents can tell
+    weights.write_bytes(content)
+    code, error, text = fail(tmp_path, command="init")
+    assert (code, error["code"]) == (1, "artifact")
+    assert "1-quantize" in text
+    result = CliRunner().invoke(app, ["init", "tiny-random", f"output={tmp_path}", "--verify"])
+    assert result.exit_code == 0, result.output
+
+
+def test_recipe_errors_come_all_at_once_with_exit_code_2(tmp_path: Path) -> None:
+    code, error, text = fail(tmp_path, "train.lrr=1", "quantize.bits=5")
+    assert (code, error["code"]) == (2, "recipe")
+    assert len(error["problems"]) == 2  # type: ignore[arg-type]
+    assert "train.lr" in text
+
+
+def train_command(output: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "qwha_cli", "train", "tiny-random", f"output={output}", "train.steps=40", *overrides]
+
+
+def wait_for_checkpoint(process: subprocess.Popen[bytes], output: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list(output.glob("tiny-random/.work/3-train-*/checkpoints/step-*")):
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_stopped_training_continues_to_the_same_values(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.run(train_command(tmp_path / "whole"), env=environment, capture_output=True, check=False)
+    assert whole.returncode == 0, whole.stderr.decode()
+    stopped = tmp_path / "stopped"
+    process = subprocess.Popen(train_command(stopped), env=environment, stderr=subprocess.PIPE)
+    wait_for_checkpoint(process, stopped)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "3-train" not in published(stopped)
+    again = subprocess.run(train_command(stopped), env=environment, capture_output=True, check=False)
+    assert again.returncode == 0, again.stderr.decode()
+    assert b"continu" in again.stderr or b"resum" in again.stderr
+    left, right = (load_file(p / "tiny-random" / "3-train" / "adapter_model.safetensors") for p in (tmp_path / "whole", stopped))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
