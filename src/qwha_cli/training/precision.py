@@ -1,9 +1,9 @@
 """Which arithmetic the forward and backward passes use; the trained values and the optimizer stay in fp32 in every case.
 
 `auto` takes bf16 autocast where the hardware is fast at it: CUDA from compute capability 8.0 on, CPUs with AMX. Elsewhere bf16 is
-emulated, or, on CPUs with AVX512-BF16 alone, native and still slower than fp32 (measured: 5.5 s against 4.3 s a step). fp16 is not
-offered: it needs loss scaling, whose state would have to be part of the exact resume, and every device with fast fp16 training in
-reach also has bf16.
+emulated, or, on CPUs with AVX512-BF16 alone, native and still slower than fp32 (measured: 5.5 s against 4.3 s a step). fp16 is
+not offered: it needs loss scaling, whose state would have to be part of the exact resume, and every device with fast fp16
+training in reach also has bf16.
 """
 
 from __future__ import annotations
