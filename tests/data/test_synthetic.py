@@ -67,7 +67,7 @@ def test_problems_have_gsm8ks_form_and_all_kinds_occur() -> None:
     assert all(example.response.endswith(f"\nThe final answer is: {example.answer}") for example in examples)
     shapes = {re.sub(r"\d+", "", example.response.splitlines()[-2]).split()[0] for example in examples}
     assert len(shapes) >= 8
-    assert len({example.answer for example in examples}) > 60
+    assert len({example.answer for example in examples}) > 40  # numbers are small on purpose, but not a handful
 
 
 def test_the_kinds_are_as_many_as_are_defined() -> None:

@@ -24,8 +24,10 @@ def quiet_libraries() -> Generator[None]:
     # imported here, after its logger is set: it takes seconds, and its import already warns
     from transformers.utils import logging as transformers_logging
 
-    bars = transformers_logging.is_progress_bar_enabled()
+    # transformers sets its logger's level again while it is imported
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -33,5 +35,6 @@ def quiet_libraries() -> Generator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
