@@ -16,7 +16,7 @@ def train(output: Path, *launcher: str) -> dict[str, torch.Tensor]:
     command = [sys.executable, *launcher, "-m", "qwha_cli", "train", "tiny-random", f"output={output}"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert ("training on 2 processes" in done.stderr) == bool(launcher)
+    assert ("training on 2 processes" in done.stderr) == bool(launcher), done.stderr
     return load_file(output / "tiny-random" / "3-train" / "adapter_model.safetensors")
 
 

@@ -29,6 +29,7 @@ class StageContext:
         device: Where to compute.
         events: Whom to tell.
         interrupted: True once the user asked to stop.
+        rank: Which of several processes this is; only 0 writes what is published.
     """
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class StageContext:
     events: Events
     interrupted: Callable[[], bool]
     stage: str
+    rank: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -157,8 +158,7 @@ def _bring_up_to_date(
     work = stage.folder.parent / ".work" / f"{stage.folder.name}-{stage.key[:12]}"
     work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    final = stage.folder if rank == 0 else work / f"rank{rank}"
-    with drafting(final) as draft, _explained_memory(stage.stage):
+    with drafting(stage.folder) if rank == 0 else _no_draft() as draft, _explained_memory(stage.stage):
         context = StageContext(
             recipe=recipe,
             draft=draft,
@@ -170,6 +170,7 @@ def _bring_up_to_date(
             events=events,
             interrupted=interruption,
             stage=stage.stage,
+            rank=rank,
         )
         interruption.graceful = stage.stage == "train"
         results = _RUN[stage.stage](context)
@@ -246,6 +247,13 @@ def _wait_for(stage: PlannedStage) -> None:
     """Wait until rank 0 has published an artifact; torchrun ends this process if rank 0 fails."""
     while (manifest := read_manifest(stage.folder)) is None or manifest.key != stage.key:
         time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _no_draft() -> Generator[Path]:
+    """Yield a folder for a rank that publishes nothing."""
+    with tempfile.TemporaryDirectory(prefix="qwha-") as folder:
+        yield Path(folder)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,8 @@ def run(context: StageContext) -> dict[str, object]:
         progress=context.events.training(),
         interrupted=context.interrupted,
     )
+    if context.rank:
+        return {}  # rank 0 writes, and deletes the work folder when it has published
     save_adapter(model, context.draft, base=str(quantized))
     shutil.copyfile(outcome.metrics_path, context.draft / "metrics.jsonl")
     loss_curve(context.draft / "metrics.jsonl", context.draft / "loss.png")
