@@ -44,6 +44,33 @@ def test_wrong_model_id(tmp_path: Path) -> None:
     assert published(tmp_path) == []
 
 
+def test_gated_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*args: object, **kwargs: object) -> str:
+        raise GatedRepoError.__new__(GatedRepoError)  # its __init__ wants a response of whichever HTTP library is in use
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    code, error, text = fail(tmp_path, "model.id=owner/gated")
+    assert (code, error["code"]) == (1, "model")
+    assert "gated" in text
+    assert "https://huggingface.co/owner/gated" in str(error["remedy"])
+    assert published(tmp_path) == []
+
+
+def test_foreign_artifact_is_said_to_be_one_and_set_aside(tmp_path: Path) -> None:
+    place = tmp_path / "tiny-random" / "1-quantize"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text('{"schema": 99}')
+    (place / "weights.bin").write_text("mine")
+    result = CliRunner().invoke(app, ["quantize", "tiny-random", f"output={tmp_path}"])
+    assert result.exit_code == 0, result.output
+    assert "manifest schema 99" in result.stderr
+    assert published(tmp_path) == ["1-quantize"]
+    kept = list((tmp_path / "tiny-random" / "archive").rglob("weights.bin"))
+    assert [file.read_text() for file in kept] == ["mine"]
+
+
 def test_missing_calibration_file(tmp_path: Path) -> None:
     code, error, text = fail(tmp_path, "quantize.calibration.data=no/such/file.txt")
     assert (code, error["code"]) == (1, "data")

@@ -104,3 +104,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     return Manifest.from_json(path.read_text(encoding="utf-8"), where=str(path))
+
+
+def own_manifest(folder: Path) -> Manifest | None:
+    """Return an artifact's manifest, or None where there is none or it is not one that this version reads."""
+    try:
+        return read_manifest(folder)
+    except ArtifactError:
+        return None

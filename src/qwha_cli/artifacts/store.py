@@ -18,7 +18,7 @@ from collections.abc import Generator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qwha_cli.artifacts.manifest import MANIFEST, FileRecord, Manifest, read_manifest
+from qwha_cli.artifacts.manifest import MANIFEST, FileRecord, Manifest, own_manifest, read_manifest
 from qwha_cli.errors import ArtifactError, ResourceError
 
 
@@ -85,7 +85,7 @@ def set_aside(final: Path) -> Path | None:
     """Move what stands at `final` into the run's archive and return its new place; None if nothing stands there."""
     if not final.exists():
         return None
-    old = read_manifest(final)
+    old = own_manifest(final)  # what is foreign or unreadable is kept all the same
     target = _archived(final, old.key if old else "incomplete-" + sha256_text(str(final.stat().st_mtime_ns)))
     if target.exists():
         shutil.rmtree(target)  # the same key: an older copy of the same thing
@@ -97,7 +97,7 @@ def set_aside(final: Path) -> Path | None:
 def bring_back(final: Path, key: str) -> bool:
     """Put an archived artifact with this key back into its place; False if there is none or it is damaged."""
     target = _archived(final, key)
-    manifest = read_manifest(target)
+    manifest = own_manifest(target)
     if manifest is None or manifest.key != key or missing_files(target, manifest):
         return False
     set_aside(final)

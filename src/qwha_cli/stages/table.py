@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from qwha_cli.artifacts.manifest import read_manifest
+from qwha_cli.artifacts.manifest import own_manifest
 from qwha_cli.recipe.schema import Recipe
 from qwha_cli.report.table import TableRow, table_rows
 from qwha_cli.stages.plan import FOLDERS, plan
@@ -21,7 +21,7 @@ def build_table(run: Path, recipe: Recipe) -> list[dict[str, object]]:
     """
     planned = plan(recipe, root=run)
     folders = {name: run / folder for name, folder in FOLDERS.items()}
-    found = {name: read_manifest(folder) for name, folder in folders.items()}
+    found = {name: own_manifest(folder) for name, folder in folders.items()}
     current = {name: manifest for name, manifest in found.items() if manifest and manifest.key == planned[name].key}
     scores: dict[str, dict[str, object]] = {}
     if "eval" in current:
