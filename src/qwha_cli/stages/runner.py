@@ -21,7 +21,7 @@ from types import FrameType
 import torch
 
 from qwha_cli.artifacts.environment import describe_environment
-from qwha_cli.artifacts.manifest import Manifest, read_manifest
+from qwha_cli.artifacts.manifest import Manifest, own_manifest, read_manifest
 from qwha_cli.artifacts.store import bring_back, drafting, locked, missing_files, publish, verify, write_atomically
 from qwha_cli.errors import ArtifactError, ResourceError
 from qwha_cli.recipe.schema import Recipe
@@ -245,7 +245,7 @@ def _input_manifests(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -
 
 def _wait_for(stage: PlannedStage) -> None:
     """Wait until rank 0 has published an artifact; torchrun ends this process if rank 0 fails."""
-    while (manifest := read_manifest(stage.folder)) is None or manifest.key != stage.key:
+    while (manifest := own_manifest(stage.folder)) is None or manifest.key != stage.key:
         time.sleep(0.2)
 
 
