@@ -97,6 +97,16 @@ def test_incomplete_folder_is_set_aside_not_deleted(tmp_path: Path) -> None:
     assert (place / "mine.txt").read_text() == "mine"
 
 
+def test_many_folders_set_aside_are_all_kept(tmp_path: Path) -> None:
+    final = tmp_path / "1-quantize"
+    for number in range(20):
+        final.mkdir()
+        (final / "mine.txt").write_text(str(number))
+        set_aside(final)
+    kept = {file.read_text() for file in (tmp_path / "archive").rglob("mine.txt")}
+    assert kept == {str(number) for number in range(20)}
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_damage_is_found(tmp_path: Path, deep: bool) -> None:
     final = tmp_path / "1-quantize"

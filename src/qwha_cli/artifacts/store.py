@@ -86,7 +86,9 @@ def set_aside(final: Path) -> Path | None:
     if not final.exists():
         return None
     old = own_manifest(final)  # what is foreign or unreadable is kept all the same
-    target = _archived(final, old.key if old else "incomplete-" + sha256_text(str(final.stat().st_mtime_ns)))
+    # shortened before the prefix goes on: a foreign folder must never be taken for an older copy of another one
+    label = old.key[:12] if old else f"incomplete-{final.stat().st_mtime_ns}"
+    target = _archived(final, label)
     if target.exists():
         shutil.rmtree(target)  # the same key: an older copy of the same thing
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ def set_aside(final: Path) -> Path | None:
 
 def bring_back(final: Path, key: str) -> bool:
     """Put an archived artifact with this key back into its place; False if there is none or it is damaged."""
-    target = _archived(final, key)
+    target = _archived(final, key[:12])
     manifest = own_manifest(target)
     if manifest is None or manifest.key != key or missing_files(target, manifest):
         return False
@@ -105,8 +107,8 @@ def bring_back(final: Path, key: str) -> bool:
     return True
 
 
-def _archived(final: Path, key: str) -> Path:
-    return final.parent / "archive" / f"{final.name}-{key[:12]}"
+def _archived(final: Path, label: str) -> Path:
+    return final.parent / "archive" / f"{final.name}-{label}"
 
 
 def missing_files(folder: Path, manifest: Manifest) -> list[str]:
@@ -171,11 +173,6 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 (hex) of a file, read in pieces."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def sha256_text(text: str) -> str:
-    """Return the first 12 hex digits of a text's sha256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def write_atomically(path: Path, text: str) -> None:
