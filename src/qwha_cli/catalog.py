@@ -18,6 +18,7 @@ QUANTIZERS: Mapping[str, str] = {
 
 INITIALIZERS: Mapping[str, str] = {
     "adaalloc": "qwha_cli.initializers.adaalloc:initialize",
+    "pursuit": "qwha_cli.initializers.pursuit:initialize",
     "random": "qwha_cli.initializers.random:initialize",
     "zero": "qwha_cli.initializers.zero:initialize",
 }

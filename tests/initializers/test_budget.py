@@ -93,6 +93,6 @@ def test_a_row_larger_than_the_bound_is_still_worked_on() -> None:
 
 def test_options_are_the_papers_by_default() -> None:
     options = InitOptions()
-    assert (options.temperature, options.damping, options.min_per_row) == (1.0, 1e-4, 2)
+    assert (options.temperature, options.damping_or(1e-4), options.min_per_row) == (1.0, 1e-4, 2)
     assert options.torch_dtype == torch.float32
     assert InitOptions(dtype="float64").torch_dtype == torch.float64

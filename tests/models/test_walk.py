@@ -108,7 +108,7 @@ def test_every_layer_has_the_gram_of_its_inputs_in_a_plain_forward_pass(family: 
         own = [name for name in names if name.startswith(f"{block.name}.")]
         for name, gram in block.grams(own, dtype=torch.float64).items():
             rows = inputs[name].reshape(-1, inputs[name].shape[-1]).double()
-            torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(gram.matrix, rows.T @ rows, rtol=1e-4, atol=1e-4)
             seen += 1
     assert seen == len(names)
 
@@ -122,9 +122,9 @@ def test_layers_with_one_input_share_one_gram_and_others_do_not() -> None:
     assert q is k
     assert q is v
     assert q is not o
-    assert q.dtype == torch.float32
+    assert q.matrix.dtype == torch.float32
     asked_late = block.grams([names[2]])[names[2]]
-    torch.testing.assert_close(asked_late, q)
+    torch.testing.assert_close(asked_late.matrix, q.matrix)
 
 
 def test_the_next_block_sees_what_was_changed_in_this_ones_turn() -> None:
@@ -186,7 +186,7 @@ def test_a_bfloat16_walk_stays_near_float32(weights: torch.dtype) -> None:
     hidden = torch.empty(0)
     for block in walk(model.to(weights), tokens, device="cpu", batch_size=2, dtype=torch.bfloat16):
         gram = block.grams([f"{block.name}.mlp.down_proj"])[f"{block.name}.mlp.down_proj"]
-        assert gram.dtype == torch.float32
+        assert gram.matrix.dtype == torch.float32
         block.advance()
         hidden = torch.cat(block.hidden_states)
     assert hidden.dtype == torch.bfloat16

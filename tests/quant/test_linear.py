@@ -158,7 +158,7 @@ def test_a_skeleton_on_the_meta_device_can_be_filled() -> None:
 
 def test_inputs_that_are_no_whole_number_of_groups_are_refused() -> None:
     with pytest.raises(ModelError, match="48 is no multiple of group_size 32"):
-        QuantizedLinear(48, 8, bias=False, format=QuantFormat("gptq", 4, 32, symmetric=False, basis="weight"))
+        QuantizedLinear(48, 8, bias=False, format=QuantFormat("gptq", 4, 32, symmetric=False, basis="weight", zero_bits=4))
 
 
 def test_a_layer_prints_what_it_is() -> None:

@@ -26,8 +26,8 @@ def random_parts(shape: tuple[int, int], bits: int, group_size: int = 16) -> tup
     return codes, (torch.rand(groups, generator=generator) * 0.1 + 0.001).half(), zeros
 
 
-def formatted(bits: int, basis: str = "weight") -> QuantFormat:
-    return QuantFormat("gptq", bits, 16, symmetric=False, basis=basis)
+def formatted(bits: int, basis: str = "weight", zero_bits: int | None = None) -> QuantFormat:
+    return QuantFormat("gptq", bits, 16, symmetric=False, basis=basis, zero_bits=zero_bits or bits)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -41,6 +41,25 @@ def test_dequantized_is_scale_times_code_minus_zero_exactly(bits: int, shape: tu
         assert torch.equal(packed.dequantize(dtype).double(), expected)
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(packed.dequantize(dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize(("bits", "zero_bits"), [(2, 4), (2, 8), (3, 4), (4, 8)])
+def test_fine_zero_points_come_back_exactly(bits: int, zero_bits: int) -> None:
+    codes, scales, _ = random_parts((80, 48), bits)
+    parts = 1 << (zero_bits - bits)
+    zeros = torch.arange(80 * 3).view(80, 3).remainder(1 << zero_bits) / parts
+    packed = PackedWeight.from_codes(codes, scales, zeros, format=formatted(bits, zero_bits=zero_bits))
+    wide = lambda t: t.double().repeat_interleave(16, dim=1)  # noqa: E731
+    expected = wide(scales) * (codes.double() - wide(zeros))
+    for dtype in (torch.float64, torch.float32):
+        assert torch.equal(packed.dequantize(dtype).double(), expected)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.tensors.items()} == packed.format.shapes((80, 48))
+
+
+def test_a_format_from_before_fine_zero_points_has_integer_ones() -> None:
+    fields = formatted(2).to_dict()
+    del fields["zero_bits"]
+    assert QuantFormat.from_dict(fields) == formatted(2)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -91,7 +110,7 @@ def test_a_code_too_large_for_the_format_is_refused() -> None:
 
 
 def test_a_format_survives_its_dictionary() -> None:
-    for wanted in (formatted(3, "hadamard"), QuantFormat("nf4", 4, 64, symmetric=False, basis="weight")):
+    for wanted in (formatted(3, "hadamard"), QuantFormat("nf4", 4, 64, symmetric=False, basis="weight", zero_bits=4)):
         assert QuantFormat.from_dict(wanted.to_dict()) == wanted
 
 
@@ -105,6 +124,8 @@ def test_a_format_survives_its_dictionary() -> None:
         ("group_size", "64"),
         ("symmetric", None),
         ("basis", "dct"),
+        ("zero_bits", 1),
+        ("zero_bits", "4"),
     ],
 )
 def test_a_format_that_this_version_cannot_read_is_refused(key: str, value: object) -> None:

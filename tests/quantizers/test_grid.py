@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from qwha_cli.errors import ModelError, NumericsError
-from qwha_cli.quantizers.grid import Grid, find_grid, gram_importance
+from qwha_cli.quant.gram import Gram
+from qwha_cli.quantizers.grid import Grid, find_grid
 from support.quantized import gaussian, options
 
 BITS = (2, 3, 4, 8)
 
 
 def values_of(grid: Grid, weight: Tensor) -> Tensor:
-    codes = grid.codes(weight).float().view(*grid.scales.shape, -1)
-    return ((codes - grid.zeros.float().unsqueeze(-1)) * grid.scales.float().unsqueeze(-1)).view(weight.shape)
+    return grid.values(grid.codes(weight))
 
 
 def cost(grid: Grid, weight: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ def test_search_moves_the_zero_point_where_that_is_better() -> None:
     search = find_grid(weight, options=options("rtn", 2, 32), name="x")
     moved = search.zeros != minmax.zeros
     assert moved.float().mean() > 0.05
-    unmoved = Grid(search.scales, minmax.zeros, 2)
+    unmoved = Grid(search.scales, minmax.zeros, 2, 2, 32)
     assert (cost(search, weight)[moved] < cost(unmoved, weight)[moved]).all()
 
 
@@ -133,6 +133,5 @@ def test_a_group_size_that_does_not_divide_the_inputs_is_refused() -> None:
 
 
 def test_importance_is_relative_and_absent_without_energy() -> None:
-    assert gram_importance(None) is None
-    assert gram_importance(torch.zeros(8, 8)) is None
-    assert torch.equal(gram_importance(torch.eye(8) * 1e-30), torch.ones(8))
+    assert Gram(torch.zeros(8, 8)).importance() is None
+    assert torch.equal(Gram(torch.eye(8) * 1e-30).importance(), torch.ones(8))

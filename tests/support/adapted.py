@@ -30,7 +30,7 @@ def quantize_linear(linear: nn.Linear, basis: Basis) -> QuantizedLinear:
     scales = ((groups.amax(2) - groups.amin(2)) / 15).half().float()
     zeros = (-groups.amin(2) / scales).round().clamp(0, 15)
     codes = ((groups / scales[:, :, None]).round() + zeros[:, :, None]).clamp(0, 15).reshape(weight.shape)
-    form = QuantFormat(method="rtn", bits=4, group_size=16, symmetric=False, basis=basis)
+    form = QuantFormat(method="rtn", bits=4, group_size=16, symmetric=False, basis=basis, zero_bits=4)
     return QuantizedLinear.from_packed(
         PackedWeight.from_codes(codes.byte(), scales.half(), zeros.byte(), format=form), linear.bias
     )

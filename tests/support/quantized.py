@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from qwha_cli import catalog
 from qwha_cli.kernels.wht import wht
+from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.packed import PackedWeight, QuantizerOptions
 from qwha_cli.quant.swap import replace
@@ -21,7 +22,8 @@ def options(method: str = "rtn", bits: int = 4, group_size: int = 16, basis: str
 
 def run_quantizer(weight: Tensor, gram: Tensor | None, wanted: QuantizerOptions, name: str = "test") -> PackedWeight:
     """The catalogue's quantizer of that name."""
-    return catalog.load(catalog.QUANTIZERS[wanted.method])(weight, gram, options=wanted, name=name)
+    curvature = None if gram is None else Gram(gram)
+    return catalog.load(catalog.QUANTIZERS[wanted.method])(weight, curvature, options=wanted, name=name)
 
 
 def quantize_blocks(model: PreTrainedModel, wanted: QuantizerOptions) -> PreTrainedModel:

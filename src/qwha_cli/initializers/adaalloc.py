@@ -14,6 +14,9 @@ from qwha_cli.initializers.budget import InitOptions, allocate, select
 from qwha_cli.initializers.refine import refine, row_errors
 from qwha_cli.kernels.sparse_matmul import SparseRows
 
+# the paper's
+_DAMPING = 1e-4
+
 
 def initialize(delta: Tensor, gram: Tensor, *, budget: int, options: InitOptions) -> SparseRows:
     """Choose places and values of F so that F approximates delta on the calibration inputs.
@@ -31,7 +34,7 @@ def initialize(delta: Tensor, gram: Tensor, *, budget: int, options: InitOptions
         NumericsError: A budget that does not fit, numbers that are not finite, a factorisation that failed.
     """
     places = adaalloc_places(delta, gram, budget=budget, options=options)
-    return refine(delta, gram, places, damping=options.damping, dtype=options.torch_dtype)
+    return refine(delta, gram, places, damping=options.damping_or(_DAMPING), dtype=options.torch_dtype)
 
 
 def adaalloc_places(delta: Tensor, gram: Tensor, *, budget: int, options: InitOptions) -> SparseRows:

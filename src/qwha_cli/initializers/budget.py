@@ -29,19 +29,29 @@ class InitOptions:
 
     Attributes:
         temperature: t of the paper's Eq. 7; 0 gives all rows the same, larger values favour the worst rows.
-        damping: Added to the Gram matrix's diagonal, as a share of its mean.
+        damping: Added to the Gram matrix's diagonal, as a share of its mean; None for the method's own.
         min_per_row: Entries every row gets at least (all of a shorter row).
         selection: How columns are chosen in a row; `magnitude` takes the largest |delta|.
         seed: Of random places.
+        stages: Pursuit: shares in which the budget is spent.
+        exchanges: Pursuit: rounds of exchange at most.
+        tolerance: Pursuit: an exchange that takes off less than this share of the error is followed by a smaller one, or the end.
         dtype: Precision of the refinement. The values come out in float32 in any case.
     """
 
     temperature: float = 1.0
-    damping: float = 1e-4
+    damping: float | None = None
     min_per_row: int = 2
     selection: Literal["magnitude"] = "magnitude"
     seed: int = 0
+    stages: int = 8
+    exchanges: int = 8
+    tolerance: float = 5e-3
     dtype: Literal["float32", "float64"] = "float32"
+
+    def damping_or(self, own: float) -> float:
+        """The damping asked for, else the method's own."""
+        return own if self.damping is None else self.damping
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -64,13 +74,8 @@ def allocate(weights: Tensor, budget: int, *, minimum: int, maximum: int) -> Ten
     Raises:
         NumericsError: A weight is not finite or negative, or the budget lies outside rows · minimum .. rows · maximum.
     """
-    rows = weights.numel()
     minimum = min(minimum, maximum)
-    if not rows * minimum <= budget <= rows * maximum:
-        raise NumericsError(
-            f"a budget of {budget} entries does not fit {rows} rows of {minimum} to {maximum} entries each",
-            remedy="raise adapter.rank or lower init.min_per_row" if budget < rows * minimum else "lower adapter.rank",
-        )
+    _check_fits(weights.numel(), budget, minimum, maximum)
     if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
         raise NumericsError("the rows' errors are not all finite and non-negative", remedy="check the calibration data")
     # on the CPU in float64: a few thousand numbers, and the same result whatever device they come from
@@ -79,6 +84,26 @@ def allocate(weights: Tensor, budget: int, *, minimum: int, maximum: int) -> Ten
     shares = torch.ones_like(shares) if peak == 0 else (shares / peak).clamp(min=_NEGLIGIBLE)
     quotas = (_level(shares, budget, minimum, maximum) * shares).clamp(minimum, maximum)
     return _round(quotas, budget, minimum, maximum).to(weights.device)
+
+
+def check_budget(delta: Tensor, budget: int, *, minimum: int) -> None:
+    """Refuse a budget that a matrix (out, in) cannot take, and a matrix that is not finite.
+
+    Raises:
+        NumericsError: Either.
+    """
+    out_features, in_features = delta.shape
+    _check_fits(out_features, budget, min(minimum, in_features), in_features)
+    if not bool(torch.isfinite(delta).all()):
+        raise NumericsError("the quantization error is not finite", remedy="check the quantized base and the model's weights")
+
+
+def _check_fits(rows: int, budget: int, minimum: int, maximum: int) -> None:
+    if not rows * minimum <= budget <= rows * maximum:
+        raise NumericsError(
+            f"a budget of {budget} entries does not fit {rows} rows of {minimum} to {maximum} entries each",
+            remedy="raise adapter.rank or lower init.min_per_row" if budget < rows * minimum else "lower adapter.rank",
+        )
 
 
 def select(scores: Tensor, counts: Tensor) -> Tensor:
@@ -101,9 +126,9 @@ def select(scores: Tensor, counts: Tensor) -> Tensor:
     return mask
 
 
-def chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
-    """Consecutive slices of rows, each within CHUNK_BYTES (or one row)."""
-    step = max(1, CHUNK_BYTES // max(1, bytes_per_row))
+def chunks(rows: int, bytes_per_row: int, *, times: int = 1) -> Iterator[slice]:
+    """Consecutive slices of rows, each within CHUNK_BYTES, or `times` that (or one row)."""
+    step = max(1, times * CHUNK_BYTES // max(1, bytes_per_row))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

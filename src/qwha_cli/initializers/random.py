@@ -12,6 +12,9 @@ from qwha_cli.initializers.budget import InitOptions, allocate, select
 from qwha_cli.initializers.refine import refine
 from qwha_cli.kernels.sparse_matmul import SparseRows
 
+# the paper's
+_DAMPING = 1e-4
+
 
 def initialize(delta: Tensor, gram: Tensor, *, budget: int, options: InitOptions) -> SparseRows:
     """Choose places at random and values by least squares.
@@ -34,4 +37,4 @@ def initialize(delta: Tensor, gram: Tensor, *, budget: int, options: InitOptions
     generator = torch.Generator().manual_seed(options.seed)
     scores = torch.rand(delta.shape, generator=generator).to(delta.device)
     places = SparseRows.from_mask(torch.zeros_like(scores), select(scores, counts))
-    return refine(delta, gram, places, damping=options.damping, dtype=options.torch_dtype)
+    return refine(delta, gram, places, damping=options.damping_or(_DAMPING), dtype=options.torch_dtype)

@@ -9,6 +9,7 @@ equation, so that a support of all columns gives x = x_0.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,23 +35,56 @@ def refine(delta: Tensor, gram: Tensor, rows: SparseRows, *, damping: float, dty
     Raises:
         NumericsError: A damped sub-matrix is not positive definite even in float64.
     """
+    values, _ = fit(delta, gram, rows, damping=damping, dtype=dtype)
+    return rows.with_values(values)
+
+
+def fit(
+    delta: Tensor, gram: Tensor, rows: SparseRows, *, damping: float, dtype: torch.dtype, with_losses: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The best values at the given places and, on request, what each of them is worth.
+
+    Args:
+        delta: As in `refine`.
+        gram: As in `refine`.
+        rows: As in `refine`.
+        damping: As in `refine`.
+        dtype: As in `refine`.
+        with_losses: Whether to compute the second result.
+
+    Returns:
+        values float32 (nnz,); losses float32 (nnz,) or None: by how much the damped error grows when this entry leaves and its
+        row's others are fitted again, x_j² / (G_SS⁻¹)_jj.
+
+    Raises:
+        NumericsError: A damped sub-matrix is not positive definite even in float64.
+    """
     mean = float(gram.diagonal().double().mean())
     # without any activation every value is as good as any other: a ridge of 1 then gives x = delta at the places
     ridge = damping * mean if mean > 0 else 1.0
     narrow_delta, narrow_gram = delta.to(dtype), gram.to(dtype)
+    target = narrow_delta @ narrow_gram
     counts = rows.counts().to(torch.int64)
-    values = torch.zeros(rows.columns.numel(), dtype=torch.float32, device=delta.device)
+    # padding is written to a place of its own behind the last entry: boolean indices would make a GPU wait for each bucket
+    values = torch.zeros(rows.columns.numel() + 1, dtype=torch.float32, device=delta.device)
+    losses = torch.zeros_like(values) if with_losses else None
     for members, width in _buckets(counts, narrow_gram.element_size()):
         entry, valid = _entries(rows, members, counts, width)
         columns = rows.columns[entry].to(torch.int64)
+        batch = _Batch(narrow_delta[members].gather(1, columns), target[members].gather(1, columns), columns, valid)
         try:
-            solved = _solve(narrow_delta[members], narrow_gram, columns, valid, ridge=ridge)
+            solved, worth = _solve(batch, narrow_gram, ridge=ridge, with_losses=with_losses)
         except NumericsError:
             if dtype == torch.float64:
                 raise
-            solved = _solve(delta[members].double(), gram.double(), columns, valid, ridge=ridge)
-        values[entry[valid]] = solved[valid].to(torch.float32)
-    return rows.with_values(values)
+            exact = delta[members].double()
+            batch = _Batch(exact.gather(1, columns), (exact @ gram.double()).gather(1, columns), columns, valid)
+            solved, worth = _solve(batch, gram.double(), ridge=ridge, with_losses=with_losses)
+        slots = torch.where(valid, entry, rows.columns.numel())
+        values[slots] = solved.to(torch.float32)
+        if losses is not None and worth is not None:
+            losses[slots] = worth.to(torch.float32)
+    return values[:-1], None if losses is None else losses[:-1]
 
 
 def row_errors(delta: Tensor, rows: SparseRows | None, gram: Tensor) -> Tensor:
@@ -74,10 +108,23 @@ def residual_error(delta: Tensor, rows: SparseRows | None, gram: Tensor) -> floa
     return float(row_errors(delta, rows, gram).sum(dtype=torch.float64))
 
 
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Rows of similar length, padded: what F should be at their places, and (D G) there; all (batch, width)."""
+
+    delta: Tensor
+    target: Tensor
+    columns: Tensor
+    valid: Tensor
+
+
 def _buckets(counts: Tensor, element_size: int) -> Iterator[tuple[Tensor, int]]:
     """(row numbers, padded length): rows of similar length, as many as fit the memory bound; empty rows are left out."""
     order = counts.argsort(stable=True)
     lengths, sizes = counts[order].unique_consecutive(return_counts=True)
+    # a bucket spans an eighth of its length on a CPU: at most 1.4 times the work. On a GPU the launches of a bucket cost more
+    # than its arithmetic, so there are few
+    span, slack, times = (1.125, 4, 1) if counts.device.type == "cpu" else (2.0, 64, 4)
     start = 0
     pending: list[tuple[int, int]] = []
     table = [*zip(lengths.tolist(), sizes.tolist(), strict=True)]
@@ -86,12 +133,11 @@ def _buckets(counts: Tensor, element_size: int) -> Iterator[tuple[Tensor, int]]:
             start += size
             continue
         pending.append((length, size))
-        # a bucket spans an eighth of its length: at most 1.4 times the work, and some tens of buckets
-        if index + 1 < len(table) and table[index + 1][0] <= max(pending[0][0] * 1.125, pending[0][0] + 4):
+        if index + 1 < len(table) and table[index + 1][0] <= max(pending[0][0] * span, pending[0][0] + slack):
             continue
         total = sum(size for _, size in pending)
-        # the sub-matrix, its factor and the mask that pads it live at once
-        for part in chunks(total, (2 * element_size + 1) * length * length):
+        # the sub-matrix, its factor, the factor's inverse and the mask that pads it live at once
+        for part in chunks(total, (3 * element_size + 1) * length * length, times=times):
             yield order[start : start + total][part], length
         start += total
         pending = []
@@ -104,23 +150,23 @@ def _entries(rows: SparseRows, members: Tensor, counts: Tensor, width: int) -> t
     return rows.row_starts[members].to(torch.int64)[:, None] + slots * valid, valid
 
 
-def _solve(delta: Tensor, gram: Tensor, columns: Tensor, valid: Tensor, *, ridge: float) -> Tensor:
+def _solve(batch: _Batch, gram: Tensor, *, ridge: float, with_losses: bool) -> tuple[Tensor, Tensor | None]:
     """Solve (G + ridge)_SS x = ((G + ridge) x_0)_S for a batch of padded rows.
 
     Args:
-        delta: (batch, in), the rows x_0.
-        gram: (in, in), of delta's dtype.
-        columns: (batch, width) int64, the places S.
-        valid: (batch, width) bool, False in the padding.
+        batch: The rows, of gram's dtype.
+        gram: (in, in).
         ridge: Added to the diagonal.
+        with_losses: Whether the losses are wanted too.
 
     Returns:
-        (batch, width), zero in the padding.
+        x and losses (batch, width), zero in the padding.
 
     Raises:
         NumericsError: A sub-matrix is not positive definite in this dtype.
     """
-    matrix = gram[columns[:, :, None], columns[:, None, :]]
+    valid = batch.valid
+    matrix = gram[batch.columns[:, :, None], batch.columns[:, None, :]]
     matrix.masked_fill_(~(valid[:, :, None] & valid[:, None, :]), 0)
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     undamped = diagonal.clone()
@@ -131,11 +177,16 @@ def _solve(delta: Tensor, gram: Tensor, columns: Tensor, valid: Tensor, *, ridge
             f"{int((failed > 0).sum())} of {len(failed)} sub-matrices of the Gram matrix are not positive definite",
             remedy="raise init.damping, or calibrate with more samples",
         )
-    target = (delta @ gram).gather(1, columns) * valid
-    right = target + ridge * delta.gather(1, columns) * valid
+    target = batch.target * valid
+    right = target + ridge * batch.delta * valid
     solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0] * valid
+    losses = None
+    if with_losses:
+        identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+        inverse_diagonal = torch.linalg.solve_triangular(factor, identity, upper=False).square().sum(dim=1)
+        losses = solved.square() / inverse_diagonal * valid
     diagonal.copy_(undamped)
-    return _never_worse(solved, matrix, target)
+    return _never_worse(solved, matrix, target), losses
 
 
 def _never_worse(solved: Tensor, matrix: Tensor, target: Tensor) -> Tensor:

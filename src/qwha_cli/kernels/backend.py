@@ -1,21 +1,27 @@
 """Which implementation of an op runs, and why.
 
-Every op has a form in plain torch operations, right on every device. A faster one in Triton would be a file `X_triton.py` beside
-`X.py`, listed in `_TRITON`; none exists yet. The choice is returned together with its reason so that a stage can record both: a
-fallback is never silent.
+Every op has a form in plain torch operations, right on every device. A faster one in Triton is a file `X_triton.py` beside
+`X.py`, listed in `_TRITON`. The choice is returned together with its reason so that a stage can record both: a fallback is never
+silent.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
+
+import torch
 
 from qwha_cli.errors import KernelError
 
 Backend = Literal["torch", "triton"]
+Requested = Literal["auto", "torch", "triton"]
 
 # ops that have a Triton form
-_TRITON: frozenset[str] = frozenset()
+_TRITON: frozenset[str] = frozenset({"column_sweep"})
 
 
 @dataclass(frozen=True)
@@ -26,20 +32,39 @@ class Choice:
     reason: str
 
 
-def choose(requested: Literal["auto", "torch", "triton"], *, op: str) -> Choice:
+def choose(requested: Requested, *, op: str, device: torch.device) -> Choice:
     """Choose the backend of one op.
 
     Args:
-        requested: What the user asked for; `auto` takes the fastest that exists.
+        requested: What the user asked for; `auto` takes the fastest that exists for this device.
         op: The op's name, as its file is called.
+        device: Where its tensors lie.
 
     Raises:
-        KernelError: `triton` was asked for and this op has no Triton form.
+        KernelError: `triton` was asked for and this op has no Triton form, or this machine cannot run it.
     """
     if requested == "torch":
         return Choice("torch", "asked for")
-    if op in _TRITON:
+    lacking = _lacking(op, device.type)
+    if lacking is None:
         return Choice("triton", "asked for" if requested == "triton" else "the fastest that exists")
     if requested == "triton":
-        raise KernelError("there is no Triton kernel for this op yet", where=op, remedy="use backend auto or torch")
-    return Choice("torch", "the only one that exists")
+        raise KernelError(f"the Triton kernel cannot run: {lacking}", where=op, remedy="use backend auto or torch")
+    return Choice("torch", lacking)
+
+
+def _lacking(op: str, device_type: str) -> str | None:
+    """What stands between this op and its Triton kernel; None for nothing."""
+    if op not in _TRITON:
+        return "there is no Triton kernel for this op yet"
+    if not _has_triton():
+        return "triton is not installed"
+    # Triton's interpreter runs kernels on CPU tensors, for tests
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton kernels run on CUDA devices, not on {device_type}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qwha_cli.errors import ModelError
+from qwha_cli.quant.gram import Gram
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class GramAccumulator:
@@ -22,8 +25,8 @@ class GramAccumulator:
 
     Args:
         layers: Name to module; a module is given its input as first argument, (..., in_features).
-        dtype: Of the sums, float32 or float64. Inputs are cast to it before the product: a bfloat16 product would round away
-            small eigenvalues that GPTQ's factorisation needs.
+        dtype: Of the sums, float32 or float64. Products of half-precision inputs are exact in it, on a GPU too: a sum rounded to
+            bfloat16 would lose the small eigenvalues that GPTQ's factorisation needs.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], *, dtype: torch.dtype = torch.float32) -> None:
@@ -50,8 +53,8 @@ class GramAccumulator:
         """Say that one forward pass is over; inputs of the next are compared among themselves only."""
         self._inputs.clear()
 
-    def result(self) -> dict[str, Tensor]:
-        """Layer name to its (in, in) Gram; layers with a common input get the same tensor object.
+    def result(self) -> dict[str, Gram]:
+        """Layer name to its Gram; layers with a common input get the same object.
 
         Raises:
             ModelError: A layer was never run.
@@ -63,7 +66,8 @@ class GramAccumulator:
                 where=f"layer {missing[0]}",
                 remedy="leave it in 16 bits with adapter.exclude",
             )
-        return {name: self._grams[self._leader[name]] for name in self._layers}
+        grams = {leader: Gram(matrix) for leader, matrix in self._grams.items()}
+        return {name: grams[self._leader[name]] for name in self._layers}
 
     def see(self, name: str, value: Tensor) -> None:
         """Add one layer's input, (..., in_features)."""
@@ -75,11 +79,15 @@ class GramAccumulator:
             return
         # no autocast here: it would turn the product back into half precision
         with torch.autocast(value.device.type, enabled=False):
-            rows = value.detach().reshape(-1, value.shape[-1]).to(self._dtype)
-            if name in self._grams:
-                self._grams[name].addmm_(rows.T, rows)
+            rows = value.detach().reshape(-1, value.shape[-1])
+            if name not in self._grams:
+                self._grams[name] = torch.zeros((rows.shape[1], rows.shape[1]), dtype=self._dtype, device=rows.device)
+            if rows.dtype in _HALF and rows.device.type == "cuda" and self._dtype == torch.float32:
+                # the tensor cores multiply half precision exactly and sum in float32, eight times as fast as float32 itself
+                self._grams[name] += torch.mm(rows.T, rows, out_dtype=torch.float32)
             else:
-                self._grams[name] = rows.T @ rows
+                rows = rows.to(self._dtype)
+                self._grams[name].addmm_(rows.T, rows)
 
 
 class _Hook:

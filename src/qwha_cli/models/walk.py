@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qwha_cli.errors import ModelError
 from qwha_cli.models.gram import GramAccumulator
 from qwha_cli.models.targets import SUPPORTED, decoder_blocks
+from qwha_cli.quant.gram import Gram
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -70,7 +71,7 @@ class Block:
         """The batches (samples, length, hidden) on the CPU: this block's inputs, and its outputs after `advance`."""
         return self._walk.hidden
 
-    def grams(self, names: Sequence[str], *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def grams(self, names: Sequence[str], *, dtype: torch.dtype = torch.float32) -> dict[str, Gram]:
         """XᵀX of the inputs of layers in this block, over all calibration tokens, by one pass through the block as it is now.
 
         Args:
@@ -78,7 +79,7 @@ class Block:
             dtype: Of the sums, float32 or float64.
 
         Returns:
-            Name to (in, in) tensor on the compute device; layers with a common input share one tensor object.
+            Name to Gram (in, in) on the compute device; layers with a common input share one object.
 
         Raises:
             ModelError: A layer lies in another block, or was never run.

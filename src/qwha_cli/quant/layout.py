@@ -1,8 +1,9 @@
 """The two layouts of stored codes: which tensors a quantized matrix has, and how they become numbers again.
 
-`gptq` (GPTQ and RTN; checkpoint format gptq_v2): value = scale · (code − zero), the zero stored as it is.
+`gptq` (GPTQ and RTN; checkpoint format gptq_v2): value = scale · (code − zero), the zero stored as it is. With fine zero points
+(zero_bits > bits) zero = stored / 2^(zero_bits − bits), which only qwha reads.
     qweight int32 (ceil(in·bits/32), out)   codes, packed along the inputs
-    qzeros  int32 (groups, ceil(out·bits/32)) zero points, packed along the outputs
+    qzeros  int32 (groups, ceil(out·zero_bits/32)) zero points, packed along the outputs
     scales  float16 (groups, out)
 `nf4` (bitsandbytes): value = quant_map[code] · absmax, blocks of group_size in the flattened (out, in) matrix.
     weight uint8 (ceil(out·in/2), 1)   two codes a byte, the first in the high half
@@ -24,7 +25,7 @@ Layout = Literal["gptq", "nf4"]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def tensor_shapes(layout: Layout, *, shape: tuple[int, int], bits: int, group_size: int) -> Shapes:
+def tensor_shapes(layout: Layout, *, shape: tuple[int, int], bits: int, zero_bits: int, group_size: int) -> Shapes:
     """Name, shape and dtype of every tensor that a matrix of `shape` (out, in) has in this layout."""
     out_features, in_features = shape
     if layout == "nf4":
@@ -37,40 +38,44 @@ def tensor_shapes(layout: Layout, *, shape: tuple[int, int], bits: int, group_si
     groups = in_features // group_size
     return {
         "qweight": ((num_words(in_features, bits=bits), out_features), torch.int32),
-        "qzeros": ((groups, num_words(out_features, bits=bits)), torch.int32),
+        "qzeros": ((groups, num_words(out_features, bits=zero_bits)), torch.int32),
         "scales": ((groups, out_features), torch.float16),
     }
 
 
-def pack_gptq(codes: Tensor, scales: Tensor, zeros: Tensor, *, bits: int) -> dict[str, Tensor]:
+def pack_gptq(codes: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, zero_bits: int) -> dict[str, Tensor]:
     """Pack integer codes and their grid.
 
     Args:
         codes: uint8 (out, in).
         scales: float16 (out, groups).
-        zeros: uint8 (out, groups).
+        zeros: float32 (out, groups), multiples of 2^(bits − zero_bits).
         bits: 2, 3, 4 or 8.
+        zero_bits: Likewise, at least bits.
 
     Returns:
         qweight, qzeros, scales as in the module's docstring.
     """
     return {
         "qweight": pack(codes, bits=bits).T.contiguous(),
-        "qzeros": pack(zeros.T.contiguous(), bits=bits),
+        "qzeros": pack((zeros.T * (1 << (zero_bits - bits))).round().to(torch.uint8).contiguous(), bits=zero_bits),
         "scales": scales.T.contiguous(),
     }
 
 
-def dequantize_gptq(tensors: dict[str, Tensor], *, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
+def dequantize_gptq(
+    tensors: dict[str, Tensor], *, shape: tuple[int, int], bits: int, zero_bits: int, dtype: torch.dtype
+) -> Tensor:
     """Scale · (code − zero), (out, in), computed exactly and rounded once to `dtype`."""
     out_features, in_features = shape
     codes = unpack(tensors["qweight"].T, bits=bits, count=in_features)
-    zeros = unpack(tensors["qzeros"], bits=bits, count=out_features).T
+    zeros = unpack(tensors["qzeros"], bits=zero_bits, count=out_features).T
     scales = tensors["scales"].T
-    # a float16 scale times an integer below 2^8 is exact in float32
+    # a float16 scale times a number of at most 8 bits is exact in float32
     exact = torch.promote_types(dtype, torch.float32)
     values = codes.view(out_features, scales.shape[1], -1).to(exact)
-    values.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1))
+    values.sub_(zeros.unsqueeze(-1) if zero_bits == bits else zeros.to(exact).div_(1 << (zero_bits - bits)).unsqueeze(-1))
+    values.mul_(scales.unsqueeze(-1))
     return values.view(shape).to(dtype)
 
 

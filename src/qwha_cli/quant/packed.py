@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from qwha_cli.errors import ArtifactError, ModelError
+from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.unpack import WIDTHS
 from qwha_cli.kernels.wht import wht
 from qwha_cli.quant.layout import Layout, Shapes, dequantize_gptq, dequantize_nf4, pack_gptq, tensor_shapes
@@ -22,6 +23,9 @@ from qwha_cli.quant.layout import Layout, Shapes, dequantize_gptq, dequantize_nf
 Basis = Literal["weight", "hadamard"]
 Method = Literal["gptq", "rtn", "nf4"]
 GridSearch = Literal["minmax", "search"]
+Zeros = Literal["integer", "fine"]
+# a fine zero point takes as many bits as the codes, and at least so many
+_FINE_ZERO_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class QuantFormat:
         group_size: Consecutive inputs of a row that share scale and zero.
         symmetric: Whether the zero point is fixed in the middle; recorded only, the stored zeros rule.
         basis: What the codes stand for.
+        zero_bits: Bits of a stored zero point; those above `bits` stand behind the point.
     """
 
     method: Method
@@ -41,6 +46,7 @@ class QuantFormat:
     group_size: int
     symmetric: bool
     basis: Basis
+    zero_bits: int = field(kw_only=True)
 
     @property
     def layout(self) -> Layout:
@@ -49,7 +55,7 @@ class QuantFormat:
 
     def shapes(self, shape: tuple[int, int]) -> Shapes:
         """Name, shape and dtype of every tensor that an (out, in) matrix has in this format."""
-        return tensor_shapes(self.layout, shape=shape, bits=self.bits, group_size=self.group_size)
+        return tensor_shapes(self.layout, shape=shape, bits=self.bits, zero_bits=self.zero_bits, group_size=self.group_size)
 
     def to_dict(self) -> dict[str, str | int | bool]:
         """JSON-able fields."""
@@ -62,22 +68,24 @@ class QuantFormat:
         Raises:
             ArtifactError: A field is missing or has a value that this version cannot read.
         """
-        names = ("method", "bits", "group_size", "symmetric", "basis")
-        method, bits, group_size, symmetric, basis = (fields.get(name) for name in names)
+        names = ("method", "bits", "group_size", "symmetric", "basis", "zero_bits")
+        method, bits, group_size, symmetric, basis, zero_bits = (fields.get(name) for name in names)
         widths = (4,) if method == "nf4" else WIDTHS
+        zero_bits = bits if zero_bits is None else zero_bits  # folders from before zero points could be fine
         if (
             method not in get_args(Method)
             or basis not in get_args(Basis)
             or not (isinstance(bits, int) and bits in widths)
             or not (isinstance(group_size, int) and group_size > 0)
             or not isinstance(symmetric, bool)
+            or not (isinstance(zero_bits, int) and zero_bits in WIDTHS and zero_bits >= bits)
         ):
             raise ArtifactError(
                 f"unknown quantization format: method {method!r}, bits {bits!r}, group_size {group_size!r}, "
-                f"symmetric {symmetric!r}, basis {basis!r}",
+                f"symmetric {symmetric!r}, basis {basis!r}, zero_bits {zero_bits!r}",
                 remedy="quantize the model again with `qwha quantize`, or read it with the version of qwha that wrote it",
             )
-        return cls(cast(Method, method), bits, group_size, symmetric, cast(Basis, basis))
+        return cls(cast(Method, method), bits, group_size, symmetric, cast(Basis, basis), zero_bits=zero_bits)
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,12 @@ class QuantizerOptions:
         symmetric: Whether the zero point is fixed in the middle of the grid.
         basis: Recorded in the format; the weight given is already in it.
         grid: Scales and zeros from the extremes, or by search. Not for nf4.
+        zeros: Zero points are integers, or multiples of 2^(bits − 4), four bits each. Not for nf4.
         damping: GPTQ: added to the Gram matrix's diagonal, as a fraction of its mean.
         magr: GPTQ: strength of MagR's smoothing of outliers; None for none.
+        sweeps: GPTQ: sweeps of coordinate descent over codes and grid afterwards; 0 for none.
         block: GPTQ: columns between two updates of all later columns. Affects speed, and results by rounding only.
+        backend: GPTQ: which implementation runs inside a block. Affects speed, and results by rounding only.
     """
 
     method: Method
@@ -104,13 +115,26 @@ class QuantizerOptions:
     grid: GridSearch = "search"
     damping: float = 0.01
     magr: float | None = None
+    sweeps: int = 0
+    zeros: Zeros = "integer"
     block: int = 128
+    backend: Requested = "auto"
+
+    @property
+    def zero_bits(self) -> int:
+        """Bits of a stored zero point."""
+        return max(self.bits, _FINE_ZERO_BITS) if self.zeros == "fine" and not self.symmetric else self.bits
 
     @property
     def format(self) -> QuantFormat:
         """The storage format of what the quantizer makes."""
         return QuantFormat(
-            method=self.method, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, basis=self.basis
+            method=self.method,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            basis=self.basis,
+            zero_bits=self.zero_bits,
         )
 
 
@@ -135,20 +159,21 @@ class PackedWeight:
         Args:
             codes: uint8 (out, in), each < 2^bits.
             scales: float16 (out, in / group_size).
-            zeros: uint8 (out, in / group_size), each < 2^bits.
+            zeros: float32 (out, in / group_size), multiples of 2^(bits − zero_bits), each < 2^bits.
             format: Of the integer kind, not nf4.
 
         Raises:
             KernelError: A code or zero does not fit into the format's bits.
         """
         shape = (codes.shape[0], codes.shape[1])
-        return cls(pack_gptq(codes, scales, zeros, bits=format.bits), format, shape)
+        return cls(pack_gptq(codes, scales, zeros, bits=format.bits, zero_bits=format.zero_bits), format, shape)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix (out, in) in its own basis, rounded once to `dtype`."""
         if self.format.layout == "nf4":
             return dequantize_nf4(self.tensors, shape=self.shape, group_size=self.format.group_size, dtype=dtype)
-        return dequantize_gptq(self.tensors, shape=self.shape, bits=self.format.bits, dtype=dtype)
+        form = self.format
+        return dequantize_gptq(self.tensors, shape=self.shape, bits=form.bits, zero_bits=form.zero_bits, dtype=dtype)
 
     def in_weight_basis(self, dtype: torch.dtype) -> Tensor:
         """Q̂, or Q̂ Hᵀ if the codes live in the Hadamard basis: what multiplies the untransformed input; (out, in)."""

@@ -41,7 +41,8 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
         group_size: Inputs of a row that share scale and zero.
         sym: Whether the zero point is fixed in the middle.
         basis: What the codes stand for.
-        checkpoint_format: Layout of the tensors: `gptq_v2`, or `bitsandbytes` for nf4.
+        zero_bits: Bits of a stored zero point; None as many as the codes.
+        checkpoint_format: Layout of the tensors: `gptq_v2`, `bitsandbytes` for nf4, or `qwha`: gptq_v2 with fine zero points.
         modules: Full names of the quantized linears.
         fingerprint: SHA-256 over all packed tensors.
         hadamard: Input size (as text) to digest of its Hadamard matrix; empty in the weight basis.
@@ -55,6 +56,7 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         sym: bool | None = None,
         basis: str | None = None,
+        zero_bits: int | None = None,
         checkpoint_format: str | None = None,
         modules: list[str] | None = None,
         fingerprint: str | None = None,
@@ -68,6 +70,7 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.sym = sym
         self.basis = basis
+        self.zero_bits = zero_bits
         self.checkpoint_format = checkpoint_format
         self.modules = list(modules or [])
         self.fingerprint = fingerprint
@@ -88,7 +91,8 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
             group_size=format.group_size,
             sym=format.symmetric,
             basis=format.basis,
-            checkpoint_format="bitsandbytes" if format.layout == "nf4" else "gptq_v2",
+            zero_bits=format.zero_bits,
+            checkpoint_format=checkpoint_format(format),
             modules=sorted(layers),
             fingerprint=fingerprint(model),
             hadamard={str(size): plan(size).digest for size in sorted(sizes)},
@@ -107,6 +111,7 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
             "group_size": self.group_size,
             "symmetric": self.sym,
             "basis": self.basis,
+            "zero_bits": self.zero_bits,
         }
         return QuantFormat.from_dict(names)
 
@@ -162,6 +167,13 @@ class QwhaQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - likewise
         """The state dict is the checkpoint."""
         return True
+
+
+def checkpoint_format(format: QuantFormat) -> str:
+    """What other packages would call the tensors; `qwha` where they would read them wrongly."""
+    if format.layout == "nf4":
+        return "bitsandbytes"
+    return "gptq_v2" if format.zero_bits == format.bits else "qwha"
 
 
 def put_quantized_layers(model: nn.Module, names: list[str], *, format: QuantFormat) -> None:

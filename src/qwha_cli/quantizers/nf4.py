@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from qwha_cli.errors import ModelError, NumericsError
+from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.packed import PackedWeight, QuantizerOptions, check_group
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """The block sizes that bitsandbytes has kernels for."""
 
 
-def quantize(weight: Tensor, gram: Tensor | None, *, options: QuantizerOptions, name: str) -> PackedWeight:
+def quantize(weight: Tensor, gram: Gram | None, *, options: QuantizerOptions, name: str) -> PackedWeight:
     """Quantize a matrix to NF4.
 
     Args:

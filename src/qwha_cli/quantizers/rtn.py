@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.packed import PackedWeight, QuantizerOptions
-from qwha_cli.quantizers.grid import find_grid, gram_importance
+from qwha_cli.quantizers.grid import find_grid
 
 
-def quantize(weight: Tensor, gram: Tensor | None, *, options: QuantizerOptions, name: str) -> PackedWeight:
+def quantize(weight: Tensor, gram: Gram | None, *, options: QuantizerOptions, name: str) -> PackedWeight:
     """Quantize a matrix by rounding.
 
     Args:
         weight: float32 (out, in), in the basis to be quantized; not written into.
-        gram: XᵀX float32 (in, in) of the inputs in the same basis, or None; only its diagonal is used.
+        gram: XᵀX of the inputs in the same basis, or None; only its diagonal is used.
         options: Bits, group size, grid.
         name: The layer, for errors.
 
@@ -28,5 +29,5 @@ def quantize(weight: Tensor, gram: Tensor | None, *, options: QuantizerOptions, 
         ModelError: The inputs are no whole number of groups.
         NumericsError: A weight is not finite.
     """
-    grid = find_grid(weight, options=options, name=name, importance=gram_importance(gram))
+    grid = find_grid(weight, options=options, name=name, importance=gram.importance() if gram is not None else None)
     return PackedWeight.from_codes(grid.codes(weight), grid.scales, grid.zeros, format=options.format)

@@ -86,12 +86,20 @@ class QuantizeSection(Section):
     basis: Annotated[
         Literal["weight", "hadamard"],
         Field(description="What the codes stand for: `W`, or `W H` (the domain that the adapter lives in)."),
-    ] = "weight"
+    ] = "hadamard"
     grid: Annotated[
         Literal["minmax", "search"],
         Field(description="Scales and zeros from the extremes, or from a search over shrink and zero. Not for `nf4`."),
     ] = "search"
-    damping: Annotated[Positive, Field(description="GPTQ: added to the Gram matrix's diagonal, as a part of its mean.")] = 0.01
+    zeros: Annotated[
+        Literal["integer", "fine"],
+        Field(description="Zero points: integers as GPTQ has them, or four bits each with binary places. Not for `nf4`."),
+    ] = "fine"
+    damping: Annotated[Positive, Field(description="GPTQ: added to the Gram matrix's diagonal, as a part of its mean.")] = 0.1
+    sweeps: Annotated[
+        Annotated[int, Field(ge=0)],
+        Field(description="GPTQ: sweeps of coordinate descent over codes, scales and zeros afterwards; 0 for none."),
+    ] = 4
     magr: Annotated[
         Positive | None,
         Field(description="GPTQ: strength of MagR's smoothing of outliers before quantization; null for none."),
@@ -105,12 +113,17 @@ class QuantizeSection(Section):
         """Yield what cannot stand together in the quantization."""
         if self.magr is not None and self.method != "gptq":
             yield Fault(("magr",), f"MagR prepares weights for gptq, not for {self.method}", "set quantize.magr=null")
+        if self.sweeps and self.method != "gptq" and "sweeps" in self.model_fields_set:
+            yield Fault(("sweeps",), f"sweeps follow gptq, not {self.method}", "remove the key")
+        if self.zeros == "fine" and self.symmetric and "zeros" in self.model_fields_set:
+            yield Fault(("zeros",), "a symmetric grid has its zero in the middle", "set quantize.zeros=integer")
         if self.method != "nf4":
             return
         if self.bits != 4:
             yield Fault(("bits",), f"nf4 is a 4-bit format, not {self.bits}", "set quantize.bits=4, or quantize.method=gptq")
-        if "grid" in self.model_fields_set:
-            yield Fault(("grid",), "nf4 has a fixed grid", "remove the key")
+        for key in ("grid", "zeros"):
+            if key in self.model_fields_set:
+                yield Fault((key,), "nf4 has a fixed grid", "remove the key")
         if self.symmetric:
             yield Fault(("symmetric",), "nf4 has a fixed grid", "remove the key")
         if self.group_size not in NF4_GROUP_SIZES:
@@ -146,15 +159,19 @@ class InitSection(Section):
     """Where the adapter's values stand and what they start from."""
 
     method: Annotated[
-        Literal["adaalloc", "zero", "random"],
-        Field(description="`adaalloc`: the paper's; `zero`: its places, values 0; `random`: random places, fitted values."),
-    ] = "adaalloc"
+        Literal["pursuit", "adaalloc", "zero", "random"],
+        Field(
+            description="`pursuit`: places by what they gain; `adaalloc`: the paper's; `zero`: its places, values 0; "
+            "`random`: random places, fitted values."
+        ),
+    ] = "pursuit"
     temperature: Annotated[
         NotNegative, Field(description="Exponent of a row's error when the budget is shared out; 0 shares it evenly.")
     ] = 1.0
-    damping: Annotated[Positive, Field(description="Added to the Gram matrix's diagonal in the fit, as a part of its mean.")] = (
-        1e-4
-    )
+    damping: Annotated[
+        Positive | None,
+        Field(description="Added to the Gram matrix's diagonal, as a part of its mean; null: 0.1 for `pursuit`, else 1e-4."),
+    ] = None
     min_per_row: Annotated[Annotated[int, Field(ge=0)], Field(description="Values that each row gets at least.")] = 2
     precision: Annotated[Literal["float32", "float64"], Field(description="Arithmetic of the fit.")] = "float32"
     gate: Annotated[

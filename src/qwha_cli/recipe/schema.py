@@ -52,7 +52,11 @@ class Recipe(Section):
         """
         full: dict[str, Any] = self.model_dump(mode="json")
         if self.quantize.method == "nf4":
-            del full["quantize"]["grid"]
+            del full["quantize"]["grid"], full["quantize"]["zeros"]
+        elif self.quantize.symmetric:
+            full["quantize"]["zeros"] = "integer"
+        if self.quantize.method != "gptq":
+            del full["quantize"]["sweeps"]
         if self.init.method == "zero":
             del full["init"]["gate"]
         return full

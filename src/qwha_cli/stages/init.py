@@ -23,10 +23,11 @@ from qwha_cli.errors import GateError
 from qwha_cli.initializers.budget import InitOptions
 from qwha_cli.initializers.refine import residual_error
 from qwha_cli.kernels.sparse_matmul import SparseRows
-from qwha_cli.kernels.wht import transform_gram, wht
+from qwha_cli.kernels.wht import wht
 from qwha_cli.models.targets import Target, find_targets
 from qwha_cli.models.walk import walk
 from qwha_cli.quant.checkpoint import load_base
+from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.report.plots import entries_histogram, layer_heatmap
@@ -56,10 +57,9 @@ def run(context: StageContext) -> dict[str, object]:
         _give_back(model, borrowed)
         own = by_block.get(block.index, [])
         grams = block.grams([t.name for t in own])
-        transformed: dict[int, Tensor] = {}
         for target in own:
             layer = _Layer(target, get_linear(model, target.name), get_linear(original.model, target.name).weight)
-            rows[target.name], record = _initialize_layer(context, layer, grams[target.name], transformed)
+            rows[target.name], record = _initialize_layer(context, layer, grams[target.name])
             records.append(record)
             # The next block shall see this one corrected; the packed layer returns when the walk has gone on.
             borrowed[target.name] = layer.module
@@ -99,17 +99,13 @@ class _Layer:
         return cast(nn.Linear, self.module).weight.detach().to(dtype)
 
 
-def _initialize_layer(
-    context: StageContext, layer: _Layer, gram: Tensor, transformed: dict[int, Tensor]
-) -> tuple[SparseRows, dict[str, object]]:
+def _initialize_layer(context: StageContext, layer: _Layer, gram: Gram) -> tuple[SparseRows, dict[str, object]]:
     started = time.monotonic()
     recipe = context.recipe
     dtype = torch.float64 if recipe.init.precision == "float64" else torch.float32
     out_features, in_features = layer.weight.shape
     note_blocks(context, in_features)
-    if id(gram) not in transformed:
-        transformed[id(gram)] = transform_gram(gram.to(dtype))
-    gram_h = transformed[id(gram)]
+    gram_h = gram.in_hadamard_basis().matrix.to(dtype)
     weight_h = wht(layer.weight.detach().to(device=gram.device, dtype=dtype))
     dense = layer.dense(torch.float32).to(device=gram.device, dtype=dtype)
     delta = weight_h - (dense if layer.basis == "hadamard" else wht(dense))

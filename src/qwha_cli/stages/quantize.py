@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from qwha_cli import catalog
 from qwha_cli.data.calibration import calibration_tokens
-from qwha_cli.errors import NumericsError
 from qwha_cli.kernels.hadamard import plan as hadamard_plan
-from qwha_cli.kernels.wht import transform_gram, wht
+from qwha_cli.kernels.wht import wht
 from qwha_cli.models.load import LoadedModel, load
 from qwha_cli.models.targets import Target, find_targets
 from qwha_cli.models.walk import walk
 from qwha_cli.quant.checkpoint import save_base
 from qwha_cli.quant.error import layer_error, sqnr_db
+from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.packed import PackedWeight, QuantizerOptions, check_group
 from qwha_cli.quant.swap import get_linear, replace
@@ -50,9 +50,8 @@ def run(context: StageContext) -> dict[str, object]:
     for block in walk(loaded.model, tokens, device=context.device, batch_size=batch_size, dtype=context.dtype):
         own = by_block.get(block.index, [])
         grams = block.grams([t.name for t in own])
-        transformed: dict[int, Tensor] = {}
         for target in own:
-            records.append(_quantize_layer(context, loaded.model, target, grams[target.name], transformed))
+            records.append(_quantize_layer(context, loaded.model, target, grams[target.name]))
         context.progress(block.index + 1, total, block.name)
     write_lines(context.draft / "layers.jsonl", records)
     save_base(loaded.model, context.draft, tokenizer=loaded.tokenizer, format=_options(recipe).format)
@@ -104,6 +103,8 @@ def _options(recipe: Recipe) -> QuantizerOptions:
         grid=q.grid,
         damping=q.damping,
         magr=q.magr,
+        sweeps=q.sweeps,
+        zeros=q.zeros,
     )
 
 
@@ -114,26 +115,16 @@ def note_blocks(context: StageContext, size: int) -> None:
         context.note(f"no Hadamard matrix of order {size} is known here: {size // shape.block} blocks of {shape.block}")
 
 
-def _quantize_layer(
-    context: StageContext, model: nn.Module, target: Target, gram: Tensor, transformed: dict[int, Tensor]
-) -> dict[str, object]:
+def _quantize_layer(context: StageContext, model: nn.Module, target: Target, gram: Gram) -> dict[str, object]:
     """Replace one linear by its quantized form and return its record."""
     started = time.monotonic()
     recipe = context.recipe
     linear = get_linear(model, target.name)
     weight = linear.weight.detach().to(device=gram.device, dtype=torch.float32)
-    if not bool(torch.isfinite(gram).all()):
-        raise NumericsError(
-            "calibration produced values that are not finite",
-            where=f"layer {target.name}",
-            remedy="load the model with model.dtype=float32, or use other calibration text",
-        )
+    gram.check_finite(target.name)
     if recipe.quantize.basis == "hadamard":
         note_blocks(context, linear.in_features)
-        weight = wht(weight)
-        if id(gram) not in transformed:  # q, k and v share one Gram, and so does its transform
-            transformed[id(gram)] = transform_gram(gram)
-        gram = transformed[id(gram)]
+        weight, gram = wht(weight), gram.in_hadamard_basis()
     quantize = cast(Quantize, catalog.load(catalog.QUANTIZERS[recipe.quantize.method]))
     packed = quantize(weight, gram, options=_options(recipe), name=target.name)
     approximation = packed.dequantize(torch.float32)
@@ -142,7 +133,7 @@ def _quantize_layer(
         "block": target.block,
         "projection": target.projection,
         "shape": list(weight.shape),
-        "error_ratio": layer_error(weight, approximation, gram),
+        "error_ratio": layer_error(weight, approximation, gram.matrix),
         "sqnr_db": sqnr_db(weight, approximation),
         "bits_per_weight": packed.bits_per_weight(),
         "seconds": round(time.monotonic() - started, 4),
