@@ -1,7 +1,7 @@
 """The Gram matrix of a layer's inputs as a value, with everything derived from it computed once.
 
-G = XᵀX (in, in) says what an error in the weight costs in the output: tr(E G Eᵀ). Layers with the same input (q, k and v; gate and
-up) share one object, hence one Hadamard transform and one factorisation. What is derived is made on first use and kept until the
+G = XᵀX (in, in) says what an error in the weight costs in the output: tr(E G Eᵀ). Layers with one input (q, k and v; gate and up)
+share one object, hence one Hadamard transform and one factorisation. What is derived is made on first use and kept until the
 object goes or `forget` is called.
 """
 
