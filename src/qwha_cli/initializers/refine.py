@@ -36,7 +36,19 @@ def refine(delta: Tensor, gram: Tensor, rows: SparseRows, *, damping: float, dty
         NumericsError: A damped sub-matrix is not positive definite even in float64.
     """
     values, _ = fit(delta, gram, rows, damping=damping, dtype=dtype)
-    return rows.with_values(values)
+    fitted = rows.with_values(values)
+    # damping can make a row worse than zero on the inputs as they are: then its best multiple, which never is
+    dense = fitted.dense(dtype)
+    linear, quadratic = _along(dense, delta.to(dtype), gram.to(dtype))
+    best = torch.where(quadratic > 0, linear / quadratic.clamp(min=torch.finfo(dtype).tiny), 0.0)
+    factors = torch.where(2 * linear < quadratic, best, 1.0).to(torch.float32)
+    return rows.with_values(values * factors[rows.row_index()])
+
+
+def _along(values: Tensor, delta: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's x G x_0ᵀ and x G xᵀ: its error is error(0) − 2 s · first + s² · second when x is multiplied by s."""
+    turned = values @ gram
+    return (turned * delta).sum(dim=1), (turned * values).sum(dim=1)
 
 
 def fit(
@@ -169,30 +181,18 @@ def _solve(batch: _Batch, gram: Tensor, *, ridge: float, with_losses: bool) -> t
     matrix = gram[batch.columns[:, :, None], batch.columns[:, None, :]]
     matrix.masked_fill_(~(valid[:, :, None] & valid[:, None, :]), 0)
     diagonal = matrix.diagonal(dim1=1, dim2=2)
-    undamped = diagonal.clone()
-    diagonal.copy_(torch.where(valid, undamped + ridge, 1.0))
+    diagonal.copy_(torch.where(valid, diagonal + ridge, 1.0))
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed.any()):
         raise NumericsError(
             f"{int((failed > 0).sum())} of {len(failed)} sub-matrices of the Gram matrix are not positive definite",
             remedy="raise init.damping, or calibrate with more samples",
         )
-    target = batch.target * valid
-    right = target + ridge * batch.delta * valid
+    right = (batch.target + ridge * batch.delta) * valid
     solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0] * valid
     losses = None
     if with_losses:
         identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device).expand_as(factor)
         inverse_diagonal = torch.linalg.solve_triangular(factor, identity, upper=False).square().sum(dim=1)
         losses = solved.square() / inverse_diagonal * valid
-    diagonal.copy_(undamped)
-    return _never_worse(solved, matrix, target), losses
-
-
-def _never_worse(solved: Tensor, matrix: Tensor, target: Tensor) -> Tensor:
-    """Replace rows that damping made worse than zero by their best multiple, which never is."""
-    linear = (solved * target).sum(dim=1)
-    quadratic = ((matrix @ solved[:, :, None])[:, :, 0] * solved).sum(dim=1)
-    # error(s x) = error(0) − 2 s · linear + s² · quadratic
-    best = torch.where(quadratic > 0, linear / quadratic.clamp(min=torch.finfo(quadratic.dtype).tiny), 0.0)
-    return torch.where((2 * linear < quadratic)[:, None], solved * best[:, None], solved)
+    return solved, losses

@@ -31,7 +31,7 @@ _FINE_SHIFTS = (0.0, -0.5, 0.5, -0.25, 0.25, -1.0, 1.0)
 _SMALLEST_SCALE = 2.0**-24
 # weights a pass of the search looks at on a CPU: three float32 temporaries of this size fit the second-level cache
 _CACHE_WEIGHTS = 1 << 16
-_DEVICE_WEIGHTS = 1 << 25
+_DEVICE_WEIGHTS = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,9 @@ def _search_rows(
 ) -> tuple[Tensor, Tensor]:
     """The best of all shrunken grids, (rows, groups) each; of equally good ones the first, so of an all-zero group the widest."""
     fine = _fine(options)
-    shifts = (0.0,) if options.symmetric else _FINE_SHIFTS if fine else _INTEGER_SHIFTS
+    shifts = torch.tensor((0.0,) if options.symmetric else _FINE_SHIFTS if fine else _INTEGER_SHIFTS, device=low.device)
+    # on a GPU all at once, because launches are what a small matrix costs there; on a CPU one by one, to stay in its cache
+    together = 1 if low.device.type == "cpu" else len(shifts)
     best_scales, best_zeros = _grid_of(low, high, options=options)
     best = torch.full_like(low, torch.inf)
     empty = (low == 0) & (high == 0)
@@ -188,13 +190,14 @@ def _search_rows(
         around = (middle - half, middle + half) if fine else (low * shrink, high * shrink)
         scales, centre = _grid_of(*around, options=options)
         ratios = grouped / scales.unsqueeze(-1)
-        for shift in shifts:
-            zeros = _storable_zero(centre + shift, bits=options.bits, zero_bits=options.zero_bits)
+        for some in shifts.split(together):
+            zeros = _storable_zero(centre + some.view(-1, 1, 1), bits=options.bits, zero_bits=options.zero_bits)
             cost = _cost(grouped, ratios, scales, zeros, importance=importance, options=options)
-            better = (cost < best) & ~(empty & (zeros != zeros.round()))
+            cost, chosen = cost.masked_fill_(empty & (zeros != zeros.round()), torch.inf).min(dim=0)
+            better = cost < best
             best = torch.where(better, cost, best)
             best_scales = torch.where(better, scales, best_scales)
-            best_zeros = torch.where(better, zeros, best_zeros)
+            best_zeros = torch.where(better, zeros.gather(0, chosen.unsqueeze(0))[0], best_zeros)
     return best_scales, best_zeros
 
 
