@@ -116,7 +116,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("qwha_cli.stages.quantize.save_base", full)
+    monkeypatch.setattr("qwha_cli.stages.quantize.assemble", full)
     code, error, text = fail(tmp_path)
     assert (code, error["code"]) == (1, "resource")
     assert "disk is full" in text
@@ -173,6 +173,70 @@ def wait_for_checkpoint(process: subprocess.Popen[bytes], output: Path) -> None:
         assert process.poll() is None, "the run ended before its first checkpoint"
         assert time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.02)
+
+
+def command(name: str, output: Path, *overrides: str) -> list[str]:
+    config = output.parent / "deep.json"
+    if not config.exists():
+        shape = {
+            "vocab_size": 260,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        config.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 10, "max_position_embeddings": 256, **shape}))
+    return [sys.executable, "-m", "qwha_cli", name, "tiny-random", f"model.id=random:{config}", f"output={output}", *overrides]
+
+
+def stop_behind_a_block(run: list[str], output: Path, stage: str, number: signal.Signals) -> int:
+    """Start a command, send a signal once the stage has finished three blocks, and return how many it had in the end."""
+    process = subprocess.Popen(run, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    blocks = f"tiny-random/.work/{stage}-*/blocks/0*.json"
+    while len(list(output.glob(blocks))) < 3:
+        assert process.poll() is None, "the stage ended before it could be stopped"
+        assert time.monotonic() < deadline, "no block was finished"
+        time.sleep(0.005)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+    return len(list(output.glob(blocks)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stage", "number"), [("quantize", "1-quantize", signal.SIGKILL), ("init", "2-init", signal.SIGINT)]
+)
+def test_a_stage_stopped_between_blocks_keeps_them_and_ends_with_the_same_files(
+    tmp_path: Path, name: str, stage: str, number: signal.Signals
+) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = subprocess.run(command(name, whole), env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    kept = stop_behind_a_block(command(name, stopped), stopped, stage, number)
+    assert 3 <= kept < 10
+    assert not (stopped / "tiny-random" / stage).exists()
+    again = subprocess.run(command(name, stopped, "--resume", "--json"), env=environment, capture_output=True, check=False)
+    assert again.returncode == 0, again.stderr.decode()
+    notes = json.loads(again.stdout)["stages"][name]["notes"]
+    assert f"continued behind {kept} blocks that an earlier run of this stage had finished" in notes
+    for file in ("model.safetensors", "adapter_model.safetensors"):
+        left, right = whole / "tiny-random" / stage / file, stopped / "tiny-random" / stage / file
+        assert left.exists() == right.exists()
+        assert not left.exists() or left.read_bytes() == right.read_bytes()
+
+
+def test_without_resume_a_stage_starts_over(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    stop_behind_a_block(command("quantize", output), output, "1-quantize", signal.SIGKILL)
+    again = subprocess.run(
+        command("quantize", output, "--no-resume", "--json"), env=environment, capture_output=True, check=False
+    )
+    assert again.returncode == 0, again.stderr.decode()
+    assert not any("continued" in note for note in json.loads(again.stdout)["stages"]["quantize"]["notes"])
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def logits(model: nn.Module) -> Tensor:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base") / "1-quantize"
     model = tiny("gptq", 3, "hadamard", family="qwen2")
-    save_base(model, path, tokenizer=tiny_tokenizer(), format=format_of(model), shard_size="40KB")
+    save_base(model, path, tokenizer=tiny_tokenizer(), format=format_of(model), shard_bytes=40_000)
     return path
 
 

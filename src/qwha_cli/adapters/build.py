@@ -39,7 +39,13 @@ peft and transformers know this adapter's method after one import; without it th
 
 
 def add_adapter(
-    model: PreTrainedModel, *, rank: int, scale: float, targets: list[str], rows: Mapping[str, SparseRows]
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    scale: float,
+    targets: list[str],
+    rows: Mapping[str, SparseRows],
+    fingerprint: str | None = None,
 ) -> PeftModel:
     """Put a trainable adapter on a base, with the places and values that an initializer computed.
 
@@ -49,6 +55,7 @@ def add_adapter(
         scale: Factor α on F.
         targets: Full module names.
         rows: F (out, in) for each of them.
+        fingerprint: The base's, where it is known and the base is a skeleton; None to compute it.
 
     Returns:
         The PeftModel around the base; only the adapter's values require gradients.
@@ -65,7 +72,7 @@ def add_adapter(
         scale=scale,
         target_modules=set(targets),
         entries={name: len(rows[name].values) for name in targets},
-        base_fingerprint=base_fingerprint(model),
+        base_fingerprint=fingerprint or base_fingerprint(model),
     )
     peft_model = cast(PeftModel, get_peft_model(model, config, adapter_name=ADAPTER))
     cast(SpectralModel, peft_model.base_model).assign(ADAPTER, {name: rows[name] for name in targets})

@@ -37,8 +37,8 @@ def check_base(expected: str | None, model: nn.Module) -> None:
     Raises:
         ArtifactError: The fingerprints differ; the message shows both.
     """
-    if expected is None:
-        return
+    if expected is None or any(isinstance(m, QuantizedLinear) and next(m.buffers()).is_meta for m in model.modules()):
+        return  # a skeleton's codes are still on the disk: who opened it knows what it opened
     found = base_fingerprint(model)
     if found != expected:
         raise ArtifactError(

@@ -41,6 +41,14 @@ ForceOption = Annotated[
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Check the artifacts it reads by sha256, not only by size.", rich_help_panel="Running")
 ]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume",
+        help="Continue unfinished stages behind their last finished block or checkpoint, or start them over.",
+        rich_help_panel="Running",
+    ),
+]
 
 
 def shorthands(*, device: str | None, seed: int | None, output: Path | None) -> list[str]:

@@ -21,6 +21,7 @@ from qwha_cli.cli.options import (
     OutputOption,
     OverridesArgument,
     RecipeArgument,
+    ResumeOption,
     SeedOption,
     VerifyOption,
     shorthands,
@@ -66,13 +67,14 @@ def _add(app: typer.Typer, name: str) -> None:
         seed: SeedOption = None,
         output: OutputOption = None,
         force: ForceOption = False,
+        resume: ResumeOption = True,
         verify: VerifyOption = False,
         as_json: JsonOption = False,
         debug: DebugOption = False,
     ) -> None:
         changes = [*(overrides or []), *shorthands(device=device, seed=seed, output=output)]
         until = None if name == "run" else name
-        execute(recipe, changes, until=until, force=force, verify=verify, as_json=as_json, debug=debug)
+        execute(recipe, changes, until=until, force=force, resume=resume, verify=verify, as_json=as_json, debug=debug)
 
     del command  # Typer holds it
 
@@ -95,6 +97,7 @@ def evaluate(
     seed: SeedOption = None,
     output: OutputOption = None,
     force: ForceOption = False,
+    resume: ResumeOption = True,
     verify: VerifyOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -109,7 +112,7 @@ def evaluate(
     if recipe is None:
         recipe, found = newest_recipe(output or RUNS)
         changes += found
-    execute(recipe, changes, until="eval", force=force, verify=verify, as_json=as_json, debug=debug)
+    execute(recipe, changes, until="eval", force=force, resume=resume, verify=verify, as_json=as_json, debug=debug)
 
 
 def execute(
@@ -118,6 +121,7 @@ def execute(
     *,
     until: str | None,
     force: bool = False,
+    resume: bool = True,
     verify: bool = False,
     as_json: bool = False,
     debug: bool = False,
@@ -129,6 +133,7 @@ def execute(
         changes: Overrides.
         until: The last stage wanted.
         force: Make that stage (or all) again.
+        resume: Continue unfinished stages, instead of starting them over.
         verify: Check inputs by sha256.
         as_json: Print the result as one object on stdout.
         debug: Leave the libraries' own messages on.
@@ -145,7 +150,8 @@ def execute(
         with contextlib.nullcontext() if debug else quiet_libraries():
             from qwha_cli.stages.runner import RunOptions, run_stages  # after the line above: importing torch takes seconds
 
-            result = run_stages(recipe, until=until, events=events, options=RunOptions(force=forced, deep_verify=verify))
+            options = RunOptions(force=forced, resume=resume, deep_verify=verify)
+            result = run_stages(recipe, until=until, events=events, options=options)
         events.close()
         if result.table:
             events.console.print(results_table(result.table, bits=recipe.quantize.bits))

@@ -49,7 +49,9 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
+    """A model's folder on this machine, where it came from, and a fingerprint of its weights."""
+
     folder: Path
     source: str
     fingerprint: str
@@ -77,7 +79,7 @@ def load(model_id: str, *, revision: str | None = None, dtype: torch.dtype | Non
         tokenizer: PreTrainedTokenizerBase = random.byte_tokenizer()
         source = f"{model_id} (seed {seed})"
     else:
-        place = _resolve(model_id, revision)
+        place = resolve(model_id, revision)
         model, tokenizer = _load_folder(place.folder, model_id, dtype), load_tokenizer(place.folder)
         source, fingerprint = place.source, place.fingerprint
     find_targets(model)  # an architecture that nothing can be done with is refused now, not after an hour of calibration
@@ -94,7 +96,7 @@ def describe(model_id: str, *, revision: str | None = None) -> PretrainedConfig:
         return random.random_config(model_id.removeprefix("random:"))
     local = _local_folder(model_id)
     folder = local if local is not None else hub.snapshot(model_id, revision=revision, weights=False).folder
-    return _config(folder, model_id)
+    return read_config(folder, model_id)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -119,13 +121,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _resolve(model_id: str, revision: str | None) -> _Place:
+def resolve(model_id: str, revision: str | None) -> Place:
+    """The folder of a model that has files; a hub model is downloaded, a GGUF converted, where that was not done before.
+
+    Raises:
+        ModelError: As `load`.
+        ResourceError: The cache for converted models cannot be written.
+    """
     local = _local_folder(model_id)
     if local is not None:
         fingerprint = builtin.source_digest(local) or _folder_digest(local)
-        return _Place(local, model_id if ":" in model_id else str(Path(model_id).expanduser().resolve()), fingerprint)
+        return Place(local, model_id if ":" in model_id else str(Path(model_id).expanduser().resolve()), fingerprint)
     found = hub.snapshot(model_id, revision=revision, weights=True)
-    return _Place(found.folder, f"{model_id}@{found.commit}", hashlib.sha256(f"{model_id}@{found.commit}".encode()).hexdigest())
+    return Place(found.folder, f"{model_id}@{found.commit}", hashlib.sha256(f"{model_id}@{found.commit}".encode()).hexdigest())
 
 
 def _local_folder(model_id: str) -> Path | None:
@@ -148,7 +156,12 @@ def _local_folder(model_id: str) -> Path | None:
     return None
 
 
-def _config(folder: Path, model_id: str) -> PretrainedConfig:
+def read_config(folder: Path, model_id: str) -> PretrainedConfig:
+    """The configuration in a folder of a model that is not quantized yet.
+
+    Raises:
+        ModelError: transformers does not know it, or the model is quantized already.
+    """
     from transformers import AutoConfig
 
     try:
@@ -171,7 +184,7 @@ def _config(folder: Path, model_id: str) -> PretrainedConfig:
 def _load_folder(folder: Path, model_id: str, dtype: torch.dtype | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    _config(folder, model_id)
+    read_config(folder, model_id)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             "no *.safetensors in this folder", where=model_id, remedy="convert the weights to safetensors; pickles are not read"

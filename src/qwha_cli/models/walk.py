@@ -4,6 +4,10 @@ The hidden states of all samples wait on the CPU; only the block whose turn it i
 change the block during its turn (quantize its layers, add adapters); when the iteration goes on, the changed block makes the
 inputs of the next one, so that every block is calibrated on what it will really see.
 
+A model may be a skeleton whose weights are read from files (weights.py): then each block is filled for its turn and dropped after
+it, and what the caller puts into it is the caller's to keep. Beside the walk the 16-bit model can run on inputs of its own: its
+outputs are what a changed block should reproduce.
+
 What a block is called with besides hidden states (rotary tables, masks, sliding windows) differs by architecture and by layer.
 It is not computed here but recorded: the model's own decoder runs once with recorders in place of its blocks.
 """
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 from qwha_cli.errors import ModelError
 from qwha_cli.models.gram import GramAccumulator
 from qwha_cli.models.targets import SUPPORTED, decoder_blocks
+from qwha_cli.models.weights import Weights, drop, fill
 from qwha_cli.quant.gram import Gram
 
 HALF = (torch.bfloat16, torch.float16)
@@ -43,11 +48,41 @@ class _Walk:
     hidden: list[Tensor]
     # by number of samples in a batch, since the last may be smaller: one call a block
     calls: dict[int, list[BlockCall]]
+    # the 16-bit model's outputs of the block whose turn it is
+    targets: list[Tensor] | None = None
     # where inputs were already replaced by outputs of the block `done - 1`
     done: int = 0
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype in HALF else nullcontext()
+
+    def call(self, module: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """What the block `index` makes of one batch of hidden states, on the compute device."""
+        call = self.calls[hidden.shape[0]][index]
+        with self.autocast():
+            moved: dict[int, object] = {}
+            args = [_to(value, self.device, moved) for value in call.args]
+            kwargs = {name: _to(value, self.device, moved) for name, value in call.kwargs.items()}
+            return _first(module(hidden.to(self.device), *args, **kwargs))
+
+    def through(self, module: nn.Module, index: int, states: list[Tensor]) -> None:
+        """Replace batches of hidden states by what a block makes of them."""
+        for batch, hidden in enumerate(states):
+            with torch.no_grad():
+                states[batch] = self.call(module, index, hidden).to(device="cpu", dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Original:
+    """The 16-bit model that runs beside a walk.
+
+    Attributes:
+        model: The model walked through itself (each block runs before the caller sees it), or one of the same architecture.
+        weights: Where a skeleton's weights are read; None for a model in memory.
+    """
+
+    model: nn.Module
+    weights: Weights | None = None
 
 
 @dataclass
@@ -58,11 +93,13 @@ class Block:
         index: Its number, from 0.
         name: Its path in the model, "model.layers.3".
         module: The block; layers in it may be replaced.
+        last: Whether no block follows.
     """
 
     index: int
     name: str
     module: nn.Module
+    last: bool
     _walk: _Walk = field(repr=False)
     _place: _Place = field(repr=False)
 
@@ -70,6 +107,21 @@ class Block:
     def hidden_states(self) -> list[Tensor]:
         """The batches (samples, length, hidden) on the CPU: this block's inputs, and its outputs after `advance`."""
         return self._walk.hidden
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """The 16-bit model's outputs of this block, batches (samples, length, hidden) on the CPU; for walks with an original."""
+        assert self._walk.targets is not None, "this walk has no original"
+        return self._walk.targets
+
+    @property
+    def device(self) -> torch.device:
+        """The compute device."""
+        return self._walk.device
+
+    def forward(self, batch: int) -> Tensor:
+        """The block's output of one batch as it is now (samples, length, hidden), on the compute device, differentiable."""
+        return self._walk.call(self.module, self.index, self._walk.hidden[batch])
 
     def grams(self, names: Sequence[str], *, dtype: torch.dtype = torch.float32) -> dict[str, Gram]:
         """XᵀX of the inputs of layers in this block, over all calibration tokens, by one pass through the block as it is now.
@@ -96,7 +148,8 @@ class Block:
         self._place.enter()
         with GramAccumulator(layers, dtype=dtype) as accumulator:
             for batch in range(len(self._walk.hidden)):
-                self._run(batch)
+                with torch.no_grad():
+                    self.forward(batch)
                 accumulator.next_batch()
             return accumulator.result()
 
@@ -105,28 +158,24 @@ class Block:
         if self._walk.done > self.index:
             return
         self._place.enter()
-        for batch in range(len(self._walk.hidden)):
-            output = self._run(batch)
-            self._walk.hidden[batch] = output.to(device="cpu", dtype=self._walk.dtype)
+        self._walk.through(self.module, self.index, self._walk.hidden)
         self._walk.done = self.index + 1
-
-    def _run(self, batch: int) -> Tensor:
-        hidden = self._walk.hidden[batch]
-        call = self._walk.calls[hidden.shape[0]][self.index]
-        with torch.no_grad(), self._walk.autocast():
-            moved: dict[int, object] = {}
-            args = [_to(value, self._walk.device, moved) for value in call.args]
-            kwargs = {name: _to(value, self._walk.device, moved) for name, value in call.kwargs.items()}
-            return _first(self.module(hidden.to(self._walk.device), *args, **kwargs))
 
 
 def walk(
-    model: nn.Module, tokens: Tensor, *, device: torch.device | str, batch_size: int, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    device: torch.device | str,
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+    weights: Weights | None = None,
+    original: Original | None = None,
 ) -> Iterator[Block]:
     """Walk through a model's decoder blocks with calibration tokens.
 
     The last block is not run unless asked for by `Block.advance`. Every block's weights return to their device and dtype when its
-    turn ends, also when the walk is left early.
+    turn ends, also when the walk is left early; those of a skeleton, and what was put into it, go to the meta device.
 
     Args:
         model: A decoder-only model of transformers, quantized or not. Embeddings run where they are, so keep it on the CPU.
@@ -135,6 +184,8 @@ def walk(
         batch_size: Samples a pass.
         dtype: Of the hidden states between blocks. float32 computes in float32 whatever the weights are; a half type computes
             under autocast.
+        weights: Where a skeleton's weights are read; None for a model in memory.
+        original: The 16-bit model to run beside it, for `Block.targets`; costs a second set of hidden states.
 
     Yields:
         Each block in its turn, its module on `device`.
@@ -143,18 +194,21 @@ def walk(
         ModelError: No decoder blocks found, or a decoder that cannot be run block by block.
     """
     blocks = decoder_blocks(model)
+    beside = decoder_blocks(original.model) if original is not None else None
     was_training = model.training
     model.eval()
     try:
-        hidden, calls = _record(model, blocks, tokens, batch_size=batch_size, dtype=dtype)
-        state = _Walk(torch.device(device), dtype, hidden, calls)
+        hidden, calls = _record(model, blocks, tokens, batch_size=batch_size, dtype=dtype, weights=weights)
+        state = _Walk(torch.device(device), dtype, hidden, calls, targets=list(hidden) if beside is not None else None)
         for index, (name, module) in enumerate(blocks):
-            place = _Place(module, state.device, exact=dtype == torch.float32)
-            block = Block(index, name, module, state, place)
+            place = _Place(module, name, state, weights)
+            block = Block(index, name, module, index + 1 == len(blocks), state, place)
             try:
                 place.enter()
+                if original is not None and beside is not None and state.targets is not None:
+                    _run_beside(beside[index], index, state, place if original.model is model else None, original.weights)
                 yield block
-                if index + 1 < len(blocks):
+                if not block.last:
                     block.advance()
             finally:
                 place.leave()
@@ -162,19 +216,36 @@ def walk(
         model.train(was_training)
 
 
-class _Place:
-    """Puts a block on the compute device, in float32 if `exact`, and back to where and what it was."""
+def _run_beside(block: tuple[str, nn.Module], index: int, state: _Walk, entered: _Place | None, weights: Weights | None) -> None:
+    """Move the 16-bit stream through a block, which is there already if it is the one walked through."""
+    assert state.targets is not None, "asked for only with an original"
+    name, module = block
+    place = entered or _Place(module, name, state, weights)
+    place.enter()
+    try:
+        state.through(module, index, state.targets)
+    finally:
+        if entered is None:
+            place.leave()
 
-    def __init__(self, module: nn.Module, device: torch.device, *, exact: bool) -> None:
+
+class _Place:
+    """Puts a block on the compute device, in float32 where the walk computes in it, and back to where and what it was."""
+
+    def __init__(self, module: nn.Module, name: str, state: _Walk, weights: Weights | None) -> None:
         self._module = module
-        self._device = device
-        self._exact = exact
+        self._name = name
+        self._device = state.device
+        self._exact = state.dtype == torch.float32
+        self._weights = weights
         first = next(iter([*module.parameters(), *module.buffers()]), None)
         self._home = first.device if first is not None else torch.device("cpu")
         self._casts: dict[nn.Parameter, torch.dtype] = {}
 
     def enter(self) -> None:
         """Move what is not there yet: the caller may have put new layers into the block since the last time."""
+        if self._weights is not None:
+            fill(self._module, self._name, self._weights, device=self._device, dtype=None)
         self._module.to(self._device)
         for parameter in self._module.parameters() if self._exact else ():
             if parameter.dtype in HALF:
@@ -183,6 +254,10 @@ class _Place:
                 parameter.data = parameter.data.float()
 
     def leave(self) -> None:
+        if self._weights is not None:
+            self._casts.clear()
+            drop(self._module)
+            return
         for parameter, dtype in self._casts.items():
             parameter.data = parameter.data.to(dtype)
         self._casts.clear()
@@ -218,18 +293,27 @@ class _Recorder(nn.Module):
 
 
 def _record(
-    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], tokens: Tensor, *, batch_size: int, dtype: torch.dtype
+    model: nn.Module,
+    blocks: Sequence[tuple[str, nn.Module]],
+    tokens: Tensor,
+    *,
+    batch_size: int,
+    dtype: torch.dtype,
+    weights: Weights | None,
 ) -> tuple[list[Tensor], dict[int, list[BlockCall]]]:
     """The first block's inputs for every batch, and for every batch size what each block is called with."""
     path = blocks[0][0].rpartition(".")[0]
-    owner, modules = model.get_submodule(path.rpartition(".")[0]), cast("nn.ModuleList", model.get_submodule(path))
-    embed = cast("Callable[[], nn.Module]", getattr(owner, "get_input_embeddings"))()  # noqa: B009 - not known to nn.Module
+    decoder = path.rpartition(".")[0]
+    owner, modules = model.get_submodule(decoder), cast("nn.ModuleList", model.get_submodule(path))
     hidden: list[Tensor] = []
     calls: dict[int, list[BlockCall]] = {}
     seen: list[tuple[Tensor, BlockCall]] = []
     try:
         for index, (_, block) in enumerate(blocks):
             modules[index] = _Recorder(block, seen, last=index + 1 == len(blocks))
+        if weights is not None:  # embeddings and what else lies before the blocks, which are not submodules now
+            fill(owner, decoder, weights, device="cpu", dtype=None)
+        embed = cast("Callable[[], nn.Module]", getattr(owner, "get_input_embeddings"))()  # noqa: B009 - not known to nn.Module
         for batch in tokens.split(batch_size):
             seen.clear()
             with torch.no_grad():
@@ -245,6 +329,8 @@ def _record(
                 )
             hidden.append(seen[0][0].to(device="cpu", dtype=dtype))
             calls.setdefault(len(batch), [call for _, call in seen])
+        if weights is not None:
+            drop(owner)
     finally:
         for index, (_, block) in enumerate(blocks):
             modules[index] = block

@@ -4,13 +4,17 @@
     model*.safetensors      packed tensors under the layers' names, everything else in the model's dtype; tied weights once
     generation_config.json, tokenizer files
 
-The integer codes lie there as GPTQ's format v2 has them, without g_idx (groups are consecutive). Writing is not atomic: the
-caller writes into a draft folder (artifacts/store.py). How transformers reads it back is in transformers_plugin.py.
+The integer codes lie there as GPTQ's format v2 has them, without g_idx (groups are consecutive). A model larger than the memory
+is written block by block and assembled at the end. Writing is not atomic: the caller writes into a draft folder
+(artifacts/store.py). How transformers reads it back is in transformers_plugin.py.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -19,12 +23,15 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from qwha_cli.artifacts.tensors import join, write_tensors
 from qwha_cli.errors import ArtifactError, ModelError
-from qwha_cli.quant.fingerprint import fingerprint, quantized_layers
+from qwha_cli.quant.fingerprint import PackedLayer, fingerprint, quantized_layers
 from qwha_cli.quant.packed import QuantFormat
 from qwha_cli.quant.transformers_plugin import METHOD, QwhaQuantizationConfig, register
 
-__all__ = ["fingerprint", "load_base", "save_base"]
+__all__ = ["assemble", "check_config", "fingerprint", "load_base", "save_base", "tied_names"]
+
+SHARD_BYTES = 4 * 10**9
 
 _REMEDY = "remove the folder and quantize the model again"
 
@@ -35,7 +42,7 @@ def save_base(
     *,
     tokenizer: PreTrainedTokenizerBase | None,
     format: QuantFormat,
-    shard_size: str = "4GB",
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a live model whose target linears are QuantizedLinear.
 
@@ -44,30 +51,82 @@ def save_base(
         folder: Made if missing; files of ours in it are replaced, others stay.
         tokenizer: Written beside the model; None writes none.
         format: The one format of all quantized layers.
-        shard_size: Largest size of a weight file, as transformers reads it.
+        shard_bytes: Most bytes of a weight file.
 
     Raises:
         ModelError: No layer is quantized, or one has another format.
     """
-    for name, layer in quantized_layers(model).items():
+    layers = quantized_layers(model)
+    for name, layer in layers.items():
         if layer.format != format:
             raise ModelError(
                 f"the layer is stored as {layer.format}, the model as {format}",
                 where=f"layer {name}",
                 remedy="quantize all layers with the same settings",
             )
-    described = QwhaQuantizationConfig.describing(model, format)
-    before = getattr(model.config, "quantization_config", None)
-    model.config.quantization_config = described
-    try:
-        model.save_pretrained(folder, max_shard_size=shard_size)
-    finally:
-        if before is None:
-            delattr(model.config, "quantization_config")
-        else:
-            model.config.quantization_config = before
+    packed = {name: PackedLayer(layer.in_features, layer.packed().digest()) for name, layer in layers.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as parts:
+        part = Path(parts) / "model.safetensors"
+        tied = tied_names(model)
+        write_tensors(part, {name: tensor for name, tensor in model.state_dict().items() if name not in tied})
+        assemble(
+            folder,
+            [part],
+            model=model,
+            dtype=model.dtype,
+            layers=packed,
+            format=format,
+            tokenizer=tokenizer,
+            shard_bytes=shard_bytes,
+        )
+
+
+def assemble(
+    folder: Path,
+    parts: Sequence[Path],
+    *,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    layers: Mapping[str, PackedLayer],
+    format: QuantFormat,
+    tokenizer: PreTrainedTokenizerBase | None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Make a folder of tensors that were written before.
+
+    Args:
+        folder: An existing folder.
+        parts: safetensors files that together hold every tensor of the model once.
+        model: Its configuration is written; its tensors are not read.
+        dtype: Number format of what is not quantized, for the configuration.
+        layers: What is quantized, by full name.
+        format: Of all quantized layers.
+        tokenizer: Written beside the model; None writes none.
+        shard_bytes: Most bytes of a weight file.
+
+    Raises:
+        ModelError: No layer is quantized.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    config.quantization_config = QwhaQuantizationConfig.describing(layers, format)
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    join(parts, folder, shard_bytes=shard_bytes)
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Names of weights that a file does not hold because they are others' too: the head's to the embedding's."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
 
 
 def load_base(folder: Path | str, *, dtype: torch.dtype | str, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -85,7 +144,7 @@ def load_base(folder: Path | str, *, dtype: torch.dtype | str, device: torch.dev
         ArtifactError: The folder is missing, not ours, incomplete, damaged, or made with other Hadamard matrices.
     """
     path = Path(folder)
-    _check_config(path)
+    check_config(path)
     register()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
@@ -97,8 +156,12 @@ def load_base(folder: Path | str, *, dtype: torch.dtype | str, device: torch.dev
     return model.eval()
 
 
-def _check_config(folder: Path) -> None:
-    """Refuse a folder whose config.json is not one of ours, before anything heavy is loaded."""
+def check_config(folder: Path) -> None:
+    """Refuse a folder whose config.json is not one of ours, before anything heavy is loaded.
+
+    Raises:
+        ArtifactError: It is not.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -7,6 +7,8 @@ changing the base is left out: the dtype of everything that is not packed (biase
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -27,12 +29,28 @@ def fingerprint(model: nn.Module) -> str:
     Raises:
         ModelError: There is no quantized layer.
     """
-    layers = {base_name(name): layer for name, layer in quantized_layers(model).items()}
-    if not layers:
+    return combined({base_name(name): layer.packed().digest() for name, layer in quantized_layers(model).items()})
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """What a folder's config says of a quantized layer that need not be in memory: its inputs and the digest of its codes."""
+
+    in_features: int
+    digest: str
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """The fingerprint of a model whose quantized layers have these digests, by their names in the bare model.
+
+    Raises:
+        ModelError: There is no quantized layer.
+    """
+    if not digests:
         raise ModelError("the model has no quantized layer", where="fingerprint", remedy="quantize it with `qwha quantize`")
     found = hashlib.sha256()
-    for name in sorted(layers):
-        found.update(f"{name} {layers[name].packed().digest()}\n".encode())
+    for name in sorted(digests):
+        found.update(f"{name} {digests[name]}\n".encode())
     return found.hexdigest()
 
 

@@ -7,6 +7,7 @@ missing with noise and only warns. transformers knows a method by the string in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -22,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qwha_cli.errors import ArtifactError
 from qwha_cli.kernels.hadamard import plan
-from qwha_cli.quant.fingerprint import fingerprint, quantized_layers
+from qwha_cli.quant.fingerprint import PackedLayer, base_name, combined, fingerprint, quantized_layers
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.packed import QuantFormat
 from qwha_cli.quant.swap import replace
@@ -77,13 +78,12 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
         self.hadamard = dict(hadamard or {})
 
     @classmethod
-    def describing(cls, model: nn.Module, format: QuantFormat) -> QwhaQuantizationConfig:
-        """The config of a live model whose quantized layers all have this format.
+    def describing(cls, layers: Mapping[str, PackedLayer], format: QuantFormat) -> QwhaQuantizationConfig:
+        """The config of a model with these quantized layers, by full name, all of one format.
 
         Raises:
             ModelError: No layer is quantized.
         """
-        layers = quantized_layers(model)
         sizes = {layer.in_features for layer in layers.values()} if format.basis == "hadamard" else set[int]()
         return cls(
             method=format.method,
@@ -94,7 +94,7 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
             zero_bits=format.zero_bits,
             checkpoint_format=checkpoint_format(format),
             modules=sorted(layers),
-            fingerprint=fingerprint(model),
+            fingerprint=combined({base_name(name): layer.digest for name, layer in layers.items()}),
             hadamard={str(size): plan(size).digest for size in sorted(sizes)},
         )
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -19,20 +20,21 @@ from torch import Tensor, nn
 from qwha_cli import catalog
 from qwha_cli.adapters.build import add_adapter, save_adapter
 from qwha_cli.adapters.spectral.base_layer import dense_linear
-from qwha_cli.errors import GateError
+from qwha_cli.artifacts.blocks import FinishedBlocks, Record
+from qwha_cli.errors import ArtifactError, GateError
 from qwha_cli.initializers.budget import InitOptions
 from qwha_cli.initializers.refine import residual_error
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.wht import wht
+from qwha_cli.models.stream import open_base
 from qwha_cli.models.targets import Target, find_targets
-from qwha_cli.models.walk import walk
-from qwha_cli.quant.checkpoint import load_base
+from qwha_cli.models.walk import Block
 from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.report.plots import entries_histogram, layer_heatmap
-from qwha_cli.stages.context import StageContext, write_lines
-from qwha_cli.stages.quantize import calibration, load_original, note_blocks
+from qwha_cli.stages.context import StageContext, read_lines, write_lines
+from qwha_cli.stages.quantize import by_block, calibration, finished_blocks, note_blocks, open_original, walk_through
 
 Initialize = Callable[..., SparseRows]
 
@@ -40,38 +42,41 @@ Initialize = Callable[..., SparseRows]
 def run(context: StageContext) -> dict[str, object]:
     """Initialise the adapter of every target and write it as a peft folder with layers.jsonl and plots; return the summary."""
     recipe = context.recipe
-    original = load_original(context, dtype=context.dtype)
-    model = load_base(context.inputs["quantize"], dtype=context.dtype)
+    original, base = open_original(context), open_base(context.inputs["quantize"])
     targets = find_targets(
-        model, targets=recipe.adapter.targets, exclude=list(recipe.adapter.exclude), kinds=(QuantizedLinear, nn.Linear)
+        base.model, targets=recipe.adapter.targets, exclude=list(recipe.adapter.exclude), kinds=(QuantizedLinear, nn.Linear)
     )
-    tokens = calibration(context, original)
-    by_block: dict[int, list[Target]] = {}
-    for target in targets:
-        by_block.setdefault(target.block, []).append(target)
+    own = by_block(targets)
+    tokens = calibration(context, original.tokenizer)
+    finished = finished_blocks(context)
+    digests = {r["name"]: r["digest"] for r in read_lines(context.inputs["quantize"] / "layers.jsonl")}
     rows: dict[str, SparseRows] = {}
-    records: list[dict[str, object]] = []
-    borrowed: dict[str, nn.Module] = {}
-    batch_size = recipe.quantize.calibration.batch_size
-    for block in walk(model, tokens, device=context.device, batch_size=batch_size, dtype=context.dtype):
-        _give_back(model, borrowed)
-        own = by_block.get(block.index, [])
-        grams = block.grams([t.name for t in own])
-        for target in own:
-            layer = _Layer(target, get_linear(model, target.name), get_linear(original.model, target.name).weight)
-            rows[target.name], record = _initialize_layer(context, layer, grams[target.name])
-            records.append(record)
-            # The next block shall see this one corrected; the packed layer returns when the walk has gone on.
-            borrowed[target.name] = layer.module
-            replace(model, target.name, _corrected(layer, rows[target.name], recipe.adapter.scale))
-        context.progress(block.index + 1, max(by_block) + 1, block.name)
-    _give_back(model, borrowed)
-    del original
+    records: list[Record] = []
+    for block in walk_through(context, base, tokens):
+        layers = [
+            _Layer(target, get_linear(base.model, target.name), original.weight(target.name))
+            for target in own.get(block.index, [])
+        ]
+        for layer in layers:
+            layer.check(digests.get(layer.target.name), context.inputs["quantize"])
+        kept = finished.records(block.index)
+        if kept is None:
+            kept = _initialize_block(context, block, layers, finished)
+        records += kept
+        found = _rows(finished.tensors(block.index), layers)
+        rows |= found
+        _advance_corrected(context, base.model, block, layers, found)
+        context.progress(block.index + 1, len(own), block.name)
     summary = _summary(records)
     context.events.layers("init", records)
     _check_gate(context, records)
     adapted = add_adapter(
-        model, rank=recipe.adapter.rank, scale=recipe.adapter.scale, targets=[t.name for t in targets], rows=rows
+        base.model,
+        rank=recipe.adapter.rank,
+        scale=recipe.adapter.scale,
+        targets=[t.name for t in targets],
+        rows=rows,
+        fingerprint=base.fingerprint,
     )
     save_adapter(adapted, context.draft, base=str(context.inputs["quantize"]))
     write_lines(context.draft / "layers.jsonl", records)
@@ -92,11 +97,57 @@ class _Layer:
     def basis(self) -> str:
         return self.module.basis if isinstance(self.module, QuantizedLinear) else "weight"
 
+    def check(self, digest: object, folder: Path) -> None:
+        """Refuse codes that are not those that the quantize stage wrote."""
+        if isinstance(self.module, QuantizedLinear) and self.module.packed().digest() != digest:
+            raise ArtifactError(
+                f"the codes of layer {self.target.name} are damaged: their digest is not the one in layers.jsonl",
+                where=str(folder),
+                remedy="quantize the model again with `qwha quantize RECIPE --force`",
+            )
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The base's weight (out, in) in its own basis."""
         if isinstance(self.module, QuantizedLinear):
             return self.module.dense(dtype)
         return cast(nn.Linear, self.module).weight.detach().to(dtype)
+
+
+def _initialize_block(context: StageContext, block: Block, layers: list[_Layer], finished: FinishedBlocks) -> list[Record]:
+    """Initialise the layers of a block, keep their rows, and return its records."""
+    grams = block.grams([layer.target.name for layer in layers])
+    tensors: dict[str, Tensor] = {}
+    records: list[Record] = []
+    for layer in layers:
+        rows, record = _initialize_layer(context, layer, grams[layer.target.name])
+        parts = {"row_starts": rows.row_starts, "columns": rows.columns, "values": rows.values}
+        tensors |= {f"{layer.target.name}.{key}": tensor for key, tensor in parts.items()}
+        records.append(record)
+    finished.save(block.index, tensors, records)
+    return records
+
+
+def _rows(tensors: dict[str, Tensor], layers: list[_Layer]) -> dict[str, SparseRows]:
+    """The rows that `_initialize_block` kept, by layer."""
+    return {
+        name: SparseRows(
+            tensors[f"{name}.row_starts"], tensors[f"{name}.columns"], tensors[f"{name}.values"], tuple(layer.weight.shape)
+        )
+        for layer in layers
+        for name in [layer.target.name]
+    }
+
+
+def _advance_corrected(
+    context: StageContext, model: nn.Module, block: Block, layers: list[_Layer], rows: Mapping[str, SparseRows]
+) -> None:
+    """Let the next block see this one corrected, and put the packed layers back."""
+    for layer in layers:
+        replace(model, layer.target.name, _corrected(layer, rows[layer.target.name], context))
+    if not block.last:
+        block.advance()
+    for layer in layers:
+        replace(model, layer.target.name, layer.module)
 
 
 def _initialize_layer(context: StageContext, layer: _Layer, gram: Gram) -> tuple[SparseRows, dict[str, object]]:
@@ -149,21 +200,13 @@ def _energy(matrix: Tensor, gram: Tensor) -> float:
     return float(((matrix @ gram) * matrix).sum(dtype=torch.float64))
 
 
-def _corrected(layer: _Layer, rows: SparseRows, scale: float) -> nn.Linear:
+def _corrected(layer: _Layer, rows: SparseRows, context: StageContext) -> nn.Linear:
     """Return a plain linear that computes what the layer computes with its adapter."""
-    sparse = rows.dense(torch.float32).to(layer.weight.device) * scale
-    dense = layer.dense(torch.float32).to(sparse.device)
+    sparse = rows.to(context.device).dense(torch.float32) * context.recipe.adapter.scale
+    dense = layer.dense(torch.float32).to(context.device)
     merged = wht(dense + sparse, transpose=True) if layer.basis == "hadamard" else dense + wht(sparse, transpose=True)
-    device = next(layer.module.buffers(), layer.weight).device
     bias = getattr(layer.module, "bias", None)
-    return dense_linear(merged.to(device=device, dtype=layer.weight.dtype), bias)
-
-
-def _give_back(model: nn.Module, borrowed: dict[str, nn.Module]) -> None:
-    """Put the packed layers of the previous block back into the model, on the CPU."""
-    for name, module in borrowed.items():
-        replace(model, name, module.cpu())
-    borrowed.clear()
+    return dense_linear(merged.to(context.dtype), bias)
 
 
 def _check_gate(context: StageContext, records: list[dict[str, object]]) -> None:

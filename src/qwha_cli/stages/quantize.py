@@ -1,30 +1,37 @@
 """The quantize stage: a 16-bit model in, packed 2-, 3- or 4-bit codes out, block by block.
 
-Calibration text runs through the already quantized blocks, so each layer is fitted to the inputs it will really see. Only one
-block's full-precision weights and Gram matrices are on the device at a time.
+Calibration text runs through the already quantized blocks, so each layer is fitted to the inputs it will really see. One block's
+full-precision weights and Gram matrices are in memory at a time: weights come from memory-mapped files, and a finished block goes
+to the work folder at once, where a killed run finds it again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from qwha_cli import catalog
+from qwha_cli.artifacts.blocks import FinishedBlocks, Record
+from qwha_cli.artifacts.tensors import write_tensors
 from qwha_cli.data.calibration import calibration_tokens
 from qwha_cli.kernels.hadamard import plan as hadamard_plan
 from qwha_cli.kernels.wht import wht
 from qwha_cli.models.load import LoadedModel, load
-from qwha_cli.models.targets import Target, find_targets
-from qwha_cli.models.walk import walk
-from qwha_cli.quant.checkpoint import save_base
+from qwha_cli.models.stream import OpenModel, open_model
+from qwha_cli.models.targets import Target, decoder_blocks, find_targets
+from qwha_cli.models.walk import Block, walk
+from qwha_cli.quant.checkpoint import assemble, tied_names
 from qwha_cli.quant.error import layer_error, sqnr_db
+from qwha_cli.quant.fingerprint import PackedLayer
 from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.linear import QuantizedLinear
-from qwha_cli.quant.packed import PackedWeight, QuantizerOptions, check_group
+from qwha_cli.quant.packed import PackedWeight, QuantFormat, QuantizerOptions, check_group
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.recipe.schema import Recipe
 from qwha_cli.stages.context import StageContext, write_lines
@@ -35,38 +42,77 @@ Quantize = Callable[..., PackedWeight]
 def run(context: StageContext) -> dict[str, object]:
     """Quantize the recipe's model and write it as a Hugging Face folder with layers.jsonl; return the summary."""
     recipe = context.recipe
-    # In the checkpoint's own format, so that what is not quantized is stored as it was; the walk computes in the context's.
-    own = None if recipe.model.dtype == "auto" else context.dtype
-    loaded = load_original(context, dtype=own)
-    targets = quantized_targets(loaded.model, recipe)
+    opened = open_original(context)
+    targets = by_block(quantized_targets(opened.model, recipe))
     context.progress(0, 1, "reading calibration text")
-    tokens = calibration(context, loaded)
-    by_block: dict[int, list[Target]] = {}
-    for target in targets:
-        by_block.setdefault(target.block, []).append(target)
-    total = max(by_block) + 1
-    records: list[dict[str, object]] = []
-    batch_size = recipe.quantize.calibration.batch_size
-    for block in walk(loaded.model, tokens, device=context.device, batch_size=batch_size, dtype=context.dtype):
-        own = by_block.get(block.index, [])
-        grams = block.grams([t.name for t in own])
-        for target in own:
-            records.append(_quantize_layer(context, loaded.model, target, grams[target.name]))
-        context.progress(block.index + 1, total, block.name)
+    tokens = calibration(context, opened.tokenizer)
+    finished = finished_blocks(context)
+    records: list[Record] = []
+    for block in walk_through(context, opened, tokens):
+        kept = finished.records(block.index)
+        if kept is None:
+            kept = _quantize_block(context, opened, block, targets.get(block.index, []), finished)
+        else:
+            _restore_block(opened, block, finished.tensors(block.index), kept, format=_options(recipe).format)
+        records += kept
+        context.progress(block.index + 1, len(targets), block.name)
     write_lines(context.draft / "layers.jsonl", records)
-    save_base(loaded.model, context.draft, tokenizer=loaded.tokenizer, format=_options(recipe).format)
+    context.progress(len(targets), len(targets), "writing the model")
+    layers = {cast(str, r["name"]): PackedLayer(cast("list[int]", r["shape"])[1], cast(str, r["digest"])) for r in records}
+    parts = [*_outside_blocks(context, opened), *(finished.tensor_file(index) for index in range(len(targets)))]
+    assemble(
+        context.draft,
+        parts,
+        model=opened.model,
+        dtype=_stored_dtype(context, opened),
+        layers=layers,
+        format=_options(recipe).format,
+        tokenizer=opened.tokenizer,
+    )
     context.events.layers("quantize", records)
-    return _summary(records, loaded)
+    return _summary(records, opened)
+
+
+def finished_blocks(context: StageContext) -> FinishedBlocks:
+    """What an earlier run of this stage finished, with a note if there is something."""
+    finished = FinishedBlocks(context.work)
+    if count := finished.count():
+        context.note(f"continued behind {count} blocks that an earlier run of this stage had finished")
+    return finished
+
+
+def open_original(context: StageContext) -> OpenModel:
+    """Open the recipe's 16-bit model for a walk."""
+    model = context.recipe.model
+    context.progress(0, 1, f"opening {model.id}")
+    # In the checkpoint's own format, so that what is not quantized is stored as it was; the walk computes in the context's.
+    dtype = None if model.dtype == "auto" else context.dtype
+    return open_model(model.id, revision=model.revision, dtype=dtype, seed=context.recipe.seed)
+
+
+def walk_through(context: StageContext, opened: OpenModel, tokens: Tensor) -> Iterator[Block]:
+    """Walk through an opened model, on the context's device and in its number format."""
+    batch_size = context.recipe.quantize.calibration.batch_size
+    weights = None if opened.resident else opened.weights
+    return walk(opened.model, tokens, device=context.device, batch_size=batch_size, dtype=context.dtype, weights=weights)
 
 
 def load_original(context: StageContext, *, dtype: torch.dtype | None) -> LoadedModel:
-    """Load the recipe's 16-bit model on the CPU in a number format; None for the checkpoint's own."""
+    """Load the recipe's 16-bit model whole, on the CPU, in a number format; None for the checkpoint's own."""
     model = context.recipe.model
     context.progress(0, 1, f"loading {model.id}")
     return load(model.id, revision=model.revision, dtype=dtype, seed=context.recipe.seed)
 
 
-def calibration(context: StageContext, loaded: LoadedModel) -> Tensor:
+def by_block(targets: list[Target]) -> dict[int, list[Target]]:
+    """Targets by the number of their block, with every block that there is."""
+    found: dict[int, list[Target]] = {index: [] for index in range(max(target.block for target in targets) + 1)}
+    for target in targets:
+        found[target.block].append(target)
+    return found
+
+
+def calibration(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return the recipe's calibration tokens, int64 (samples, length)."""
     settings = context.recipe.quantize.calibration
     return calibration_tokens(
@@ -76,7 +122,7 @@ def calibration(context: StageContext, loaded: LoadedModel) -> Tensor:
         samples=settings.samples,
         length=settings.length,
         seed=context.recipe.seed,
-        tokenizer=loaded.tokenizer,
+        tokenizer=tokenizer,
     )
 
 
@@ -115,11 +161,21 @@ def note_blocks(context: StageContext, size: int) -> None:
         context.note(f"no Hadamard matrix of order {size} is known here: {size // shape.block} blocks of {shape.block}")
 
 
-def _quantize_layer(context: StageContext, model: nn.Module, target: Target, gram: Gram) -> dict[str, object]:
+def _quantize_block(
+    context: StageContext, opened: OpenModel, block: Block, targets: list[Target], finished: FinishedBlocks
+) -> list[Record]:
+    """Quantize the layers of a block, keep the block, and return its records."""
+    grams = block.grams([target.name for target in targets])
+    records = [_quantize_layer(context, opened, target, grams[target.name]) for target in targets]
+    finished.save(block.index, _block_tensors(context, opened, block), records)
+    return records
+
+
+def _quantize_layer(context: StageContext, opened: OpenModel, target: Target, gram: Gram) -> Record:
     """Replace one linear by its quantized form and return its record."""
     started = time.monotonic()
     recipe = context.recipe
-    linear = get_linear(model, target.name)
+    linear = get_linear(opened.model, target.name)
     weight = linear.weight.detach().to(device=gram.device, dtype=torch.float32)
     gram.check_finite(target.name)
     if recipe.quantize.basis == "hadamard":
@@ -128,7 +184,8 @@ def _quantize_layer(context: StageContext, model: nn.Module, target: Target, gra
     quantize = cast(Quantize, catalog.load(catalog.QUANTIZERS[recipe.quantize.method]))
     packed = quantize(weight, gram, options=_options(recipe), name=target.name)
     approximation = packed.dequantize(torch.float32)
-    record: dict[str, object] = {
+    _put(opened, target.name, packed)
+    return {
         "name": target.name,
         "block": target.block,
         "projection": target.projection,
@@ -136,13 +193,69 @@ def _quantize_layer(context: StageContext, model: nn.Module, target: Target, gra
         "error_ratio": layer_error(weight, approximation, gram.matrix),
         "sqnr_db": sqnr_db(weight, approximation),
         "bits_per_weight": packed.bits_per_weight(),
+        "digest": packed.digest(),
         "seconds": round(time.monotonic() - started, 4),
     }
-    replace(model, target.name, QuantizedLinear.from_packed(packed, linear.bias))
-    return record
 
 
-def _summary(records: list[dict[str, object]], loaded: LoadedModel) -> dict[str, object]:
+def _put(opened: OpenModel, name: str, packed: PackedWeight) -> None:
+    """Put a quantized layer in the place of a linear, the bias as it is stored."""
+    bias = get_linear(opened.model, name).bias
+    stored = None if bias is None else opened.weights.read(f"{name}.bias")
+    replace(opened.model, name, QuantizedLinear.from_packed(packed, stored))
+
+
+def _restore_block(
+    opened: OpenModel, block: Block, tensors: dict[str, Tensor], records: list[Record], *, format: QuantFormat
+) -> None:
+    """Put the quantized layers of a finished block back."""
+    for record in records:
+        name, (out_features, in_features) = cast(str, record["name"]), cast("list[int]", record["shape"])
+        shape = (out_features, in_features)
+        own = {key: tensors[f"{name}.{key}"] for key in format.shapes(shape)}
+        _put(opened, name, PackedWeight(own, format, shape))
+    block.module.to(block.device)
+
+
+def _block_tensors(context: StageContext, opened: OpenModel, block: Block) -> dict[str, Tensor]:
+    """Everything that a block's module keeps, by full name: packed tensors as they are, all else as the original stores it."""
+    found: dict[str, Tensor] = {}
+    packed = {
+        f"{block.name}.{path}.{key}"
+        for path, module in block.module.named_modules()
+        if isinstance(module, QuantizedLinear)
+        for key in module.packed().tensors
+    }
+    for name, tensor in block.module.state_dict(prefix=f"{block.name}.").items():
+        # not the module's own: the walk may have cast it
+        found[name] = tensor if name in packed else _as_stored(context, opened.weights.read(name))
+    return found
+
+
+def _outside_blocks(context: StageContext, opened: OpenModel) -> list[Path]:
+    """Write what lies outside the blocks (embeddings, norm, head), a file a tensor, and return the files."""
+    prefixes = tuple(f"{name}." for name, _ in decoder_blocks(opened.model))
+    tied = tied_names(opened.model)
+    parts: list[Path] = []
+    for name in opened.model.state_dict():
+        if name.startswith(prefixes) or name in tied:
+            continue
+        path = context.work / f"outside-{len(parts)}.safetensors"
+        write_tensors(path, {name: _as_stored(context, opened.weights.read(name))})
+        parts.append(path)
+    return parts
+
+
+def _as_stored(context: StageContext, tensor: Tensor) -> Tensor:
+    """A tensor in the number format that the recipe wants what is not quantized in; its own if that is `auto`."""
+    return tensor.to(context.dtype) if context.recipe.model.dtype != "auto" and tensor.is_floating_point() else tensor
+
+
+def _stored_dtype(context: StageContext, opened: OpenModel) -> torch.dtype:
+    return context.dtype if context.recipe.model.dtype != "auto" else opened.model.dtype
+
+
+def _summary(records: list[Record], opened: OpenModel) -> dict[str, object]:
     weights = [float(cast(list[int], r["shape"])[0] * cast(list[int], r["shape"])[1]) for r in records]
     errors = [cast(float, r["error_ratio"]) for r in records]
     bits = sum(cast(float, r["bits_per_weight"]) * n for r, n in zip(records, weights, strict=True)) / sum(weights)
@@ -155,12 +268,7 @@ def _summary(records: list[dict[str, object]], loaded: LoadedModel) -> dict[str,
         "worst_layer": worst["name"],
         "sqnr_db_mean": sum(cast(float, r["sqnr_db"]) for r in records) / len(records),
         "bits_per_weight": bits,
-        "megabytes_16_bit": _megabytes_16_bit(loaded.model, int(sum(weights))),
-        "model_source": loaded.source,
-        "model_fingerprint": loaded.fingerprint,
+        "megabytes_16_bit": (opened.num_parameters() + int(sum(weights))) * 2 / 1e6,
+        "model_source": opened.source,
+        "model_fingerprint": opened.fingerprint,
     }
-
-
-def _megabytes_16_bit(model: nn.Module, quantized: int) -> float:
-    """Size of the model's weights stored in 16 bits, in MB (10^6): what is left as parameters plus the quantized linears."""
-    return (sum(p.numel() for p in model.parameters()) + quantized) * 2 / 1e6

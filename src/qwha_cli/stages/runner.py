@@ -51,10 +51,12 @@ class RunOptions:
 
     Attributes:
         force: Stages to run again although they are fresh.
+        resume: Whether unfinished stages continue behind what they kept, or start over.
         deep_verify: Check input artifacts by sha256, not only by size.
     """
 
     force: tuple[str, ...] = ()
+    resume: bool = True
     deep_verify: bool = False
 
 
@@ -156,6 +158,8 @@ def _bring_up_to_date(
     if rank == 0:
         events.stage_started(stage.stage, _reason(stage))
     work = stage.folder.parent / ".work" / f"{stage.folder.name}-{stage.key[:12]}"
+    if rank == 0 and not options.resume:
+        shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with drafting(stage.folder) if rank == 0 else _no_draft() as draft, _explained_memory(stage.stage):

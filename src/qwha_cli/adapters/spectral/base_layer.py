@@ -38,8 +38,9 @@ def base_weight(base: BaseLayer, dtype: torch.dtype) -> Tensor:
 
 
 def device_of(base: BaseLayer) -> torch.device:
-    """Where the layer's weight lies."""
-    return next(base.buffers()).device if isinstance(base, QuantizedLinear) else base.weight.device
+    """Where the layer's weight lies; the CPU for one that is still on the disk, so that its adapter can be made there."""
+    device = next(base.buffers()).device if isinstance(base, QuantizedLinear) else base.weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

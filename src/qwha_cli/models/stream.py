@@ -1,0 +1,124 @@
+"""Opening a model without reading its weights: what quantize and init do, so that its size need not fit into memory.
+
+The skeleton has every module of the architecture, its parameters on the meta device; `weights.fill` reads what is wanted. Where
+the files name their tensors otherwise than the architecture does (transformers then renames them while loading), or where there
+are no files (`random:` models), the model is loaded whole, which `resident` tells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+
+from qwha_cli.errors import ModelError
+from qwha_cli.models.load import load, load_tokenizer, read_config, resolve
+from qwha_cli.models.targets import SUPPORTED, find_targets
+from qwha_cli.models.weights import FileWeights, MemoryWeights, Weights
+from qwha_cli.quant.checkpoint import check_config, tied_names
+from qwha_cli.quant.transformers_plugin import QwhaQuantizationConfig, put_quantized_layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model to be walked through.
+
+    Attributes:
+        model: In eval mode; its parameters are on the meta device, or all in memory if `resident`.
+        weights: Where its tensors are read.
+        tokenizer: Its tokenizer.
+        source: Where it came from, for people.
+        fingerprint: sha256 that changes with the weights.
+        resident: Whether the whole model lies in memory.
+    """
+
+    model: PreTrainedModel
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    fingerprint: str
+    resident: bool
+
+    def weight(self, layer: str) -> Tensor:
+        """A linear layer's weight (out, in), on the CPU, as stored; not to be written to."""
+        return self.weights.read(f"{layer}.weight")
+
+    def num_parameters(self) -> int:
+        """How many parameters the model has; tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def open_model(model_id: str, *, revision: str | None = None, dtype: torch.dtype | None, seed: int = 0) -> OpenModel:
+    """Open a model for a walk.
+
+    Args:
+        model_id: As for `load`.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Of weights held in memory; None for the checkpoint's own. Weights in files keep theirs.
+        seed: Of the weights of a `random:` model.
+
+    Raises:
+        ModelError: As `load`.
+        ResourceError: The cache for converted models cannot be written.
+    """
+    from transformers import GenerationConfig
+
+    if not model_id.startswith("random:"):
+        place = resolve(model_id, revision)
+        config = read_config(place.folder, model_id)
+        skeleton = make_skeleton(config, model_id)
+        aliases = tied_names(skeleton)
+        weights = FileWeights(place.folder, aliases=aliases)
+        if {*dict(skeleton.named_parameters())} <= weights.names():
+            find_targets(skeleton)  # an architecture that nothing can be done with is refused now
+            if (place.folder / "generation_config.json").is_file():
+                skeleton.generation_config = GenerationConfig.from_pretrained(place.folder)
+            return OpenModel(skeleton, weights, load_tokenizer(place.folder), place.source, place.fingerprint, resident=False)
+    loaded = load(model_id, revision=revision, dtype=dtype, seed=seed)
+    return OpenModel(
+        loaded.model, MemoryWeights(loaded.model), loaded.tokenizer, loaded.source, loaded.fingerprint, resident=True
+    )
+
+
+def open_base(folder: Path) -> OpenModel:
+    """Open a folder written by the quantize stage for a walk: its quantized layers are there, their codes still in the files.
+
+    Raises:
+        ArtifactError: The folder is missing, not ours, or made with other Hadamard matrices.
+        ModelError: Its files cannot be read.
+    """
+    from transformers import AutoConfig
+
+    check_config(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    described = QwhaQuantizationConfig(**config.quantization_config)
+    described.check_hadamard()
+    skeleton = make_skeleton(config, folder)
+    put_quantized_layers(skeleton, described.modules, format=described.format)
+    weights = FileWeights(folder, aliases=tied_names(skeleton))
+    return OpenModel(skeleton, weights, load_tokenizer(folder), str(folder), str(described.fingerprint), resident=False)
+
+
+def make_skeleton(config: PretrainedConfig, where: Path | str) -> PreTrainedModel:
+    """A causal language model in eval mode whose parameters are on the meta device; its buffers are real.
+
+    Raises:
+        ModelError: The configuration is none of a decoder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+    except ValueError as error:
+        raise ModelError(str(error).splitlines()[0], where=str(where), remedy=f"use a supported model: {SUPPORTED}") from error
+    skeleton = cast("PreTrainedModel", model)
+    skeleton.tie_weights()
+    return skeleton.eval()
