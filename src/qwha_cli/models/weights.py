@@ -118,29 +118,26 @@ def fill(module: nn.Module, prefix: str, weights: Weights, *, device: torch.devi
             )
         if isinstance(tensor, nn.Parameter):
             moved = found.to(device=device, dtype=dtype if found.is_floating_point() else None)
-            owner._parameters[key] = nn.Parameter(moved, requires_grad=False)
+            setattr(owner, key, nn.Parameter(moved, requires_grad=False))
         else:
-            owner._buffers[key] = found.to(device)
+            setattr(owner, key, found.to(device))
 
 
 def drop(module: nn.Module) -> None:
     """Put a module's parameters and persistent buffers on the meta device; what no file holds stays, on the CPU."""
-    for _, owner, key, tensor in _own_tensors(module):
+    stored = set(module.state_dict())
+    for name, owner, key, tensor in _own_tensors(module):
         if isinstance(tensor, nn.Parameter):
-            owner._parameters[key] = nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
-        elif key in owner._non_persistent_buffers_set:
-            owner._buffers[key] = tensor.to("cpu")
+            setattr(owner, key, nn.Parameter(tensor.detach().to("meta"), requires_grad=False))
         else:
-            owner._buffers[key] = tensor.to("meta")
+            setattr(owner, key, tensor.to("meta" if name in stored else "cpu"))
 
 
 def _own_tensors(module: nn.Module) -> Iterable[tuple[str, nn.Module, str, Tensor]]:
     """(name, owner, the owner's key, tensor) of every parameter and buffer."""
     for path, owner in module.named_modules():
-        for tensors in (owner._parameters, owner._buffers):
-            for key, tensor in list(tensors.items()):
-                if tensor is not None:
-                    yield (f"{path}.{key}" if path else key), owner, key, tensor
+        for key, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            yield (f"{path}.{key}" if path else key), owner, key, tensor
 
 
 def _places(folder: Path) -> dict[str, str]:

@@ -113,7 +113,7 @@ def assemble(
     config.dtype = dtype
     config.quantization_config = QwhaQuantizationConfig.describing(layers, format)
     config.save_pretrained(folder)
-    if model.can_generate() and model.generation_config is not None:
+    if model.can_generate():
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

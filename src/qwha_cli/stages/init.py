@@ -131,7 +131,10 @@ def _rows(tensors: dict[str, Tensor], layers: list[_Layer]) -> dict[str, SparseR
     """The rows that `_initialize_block` kept, by layer."""
     return {
         name: SparseRows(
-            tensors[f"{name}.row_starts"], tensors[f"{name}.columns"], tensors[f"{name}.values"], tuple(layer.weight.shape)
+            tensors[f"{name}.row_starts"],
+            tensors[f"{name}.columns"],
+            tensors[f"{name}.values"],
+            (layer.weight.shape[0], layer.weight.shape[1]),
         )
         for layer in layers
         for name in [layer.target.name]

@@ -200,8 +200,8 @@ def _quantize_layer(context: StageContext, opened: OpenModel, target: Target, gr
 
 def _put(opened: OpenModel, name: str, packed: PackedWeight) -> None:
     """Put a quantized layer in the place of a linear, the bias as it is stored."""
-    bias = get_linear(opened.model, name).bias
-    stored = None if bias is None else opened.weights.read(f"{name}.bias")
+    has_bias = cast("nn.Parameter | None", get_linear(opened.model, name).bias) is not None
+    stored = opened.weights.read(f"{name}.bias") if has_bias else None
     replace(opened.model, name, QuantizedLinear.from_packed(packed, stored))
 
 
