@@ -48,6 +48,11 @@ def test_every_pattern_comes_back_exactly_and_is_the_documented_stream(shape: tu
         assert torch.equal(decoded, places)
 
 
+def test_the_documentations_example_is_its_stream() -> None:
+    places = torch.tensor([5, 6, 550], dtype=torch.int32)
+    assert encode_gaps(places, size=3 * 200).tolist() == [5, 0, 255, 255, 33, 49]
+
+
 @pytest.mark.parametrize("free", [0, 1, 253, 254, 255, 256, 509, 510, 511, 765, 32767, 32768, 65535, 70000])
 def test_gaps_around_the_skips_multiples_are_exact_before_between_and_behind_entries(free: int) -> None:
     places = torch.tensor([free, 2 * free + 1, 2 * free + 2], dtype=torch.int32)
