@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,15 +21,28 @@ def coded_by_hand(places: list[int], size: int) -> list[int]:
     stream: list[int] = []
     cursor = 0
     for place in [*places, size]:
-        while place - cursor >= 255:
-            stream.append(255)
-            cursor += 255
-        stream.append(place - cursor)
+        free = place - cursor
+        stream += [255] * (free // 3840)
+        if free % 3840 >= 240:
+            stream.append(239 + free % 3840 // 240)
+        stream.append(free % 240)
         cursor = place + 1
     return stream
 
 
-SHAPES = [(1, 1), (1, 255), (1, 256), (7, 12), (300, 1), (3, 20000), (1, 32772), (80, 48), (5, 254), (5, 255), (5, 256)]
+def read_by_hand(stream: list[int]) -> list[int]:
+    """The program in docs/artifacts.md, without its assertions; the last place is the one behind the matrix."""
+    cursor, places = 0, []
+    for byte in stream:
+        if byte < 240:
+            places.append(cursor + byte)
+            cursor += byte + 1
+        else:
+            cursor += (byte - 239) * 240
+    return places
+
+
+SHAPES = [(1, 1), (1, 239), (1, 240), (1, 241), (7, 12), (300, 1), (3, 20000), (1, 32772), (80, 48), (5, 240), (2, 3840)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -43,6 +54,7 @@ def test_every_pattern_comes_back_exactly_and_is_the_documented_stream(shape: tu
         stream = encode_gaps(places, size=size)
         assert stream.dtype == torch.uint8
         assert stream.tolist() == coded_by_hand(places.tolist(), size)
+        assert read_by_hand(stream.tolist()) == [*places.tolist(), size]
         decoded = decode_gaps(stream, entries=len(places), size=size)
         assert decoded.dtype == torch.int32
         assert torch.equal(decoded, places)
@@ -50,15 +62,18 @@ def test_every_pattern_comes_back_exactly_and_is_the_documented_stream(shape: tu
 
 def test_the_documentations_example_is_its_stream() -> None:
     places = torch.tensor([5, 6, 550], dtype=torch.int32)
-    assert encode_gaps(places, size=3 * 200).tolist() == [5, 0, 255, 255, 33, 49]
+    assert encode_gaps(places, size=3 * 200).tolist() == [5, 0, 241, 63, 49]
 
 
-@pytest.mark.parametrize("free", [0, 1, 253, 254, 255, 256, 509, 510, 511, 765, 32767, 32768, 65535, 70000])
+MULTIPLES = (240, 480, 3600, 3840, 4080, 7680, 32640, 69120)
+
+
+@pytest.mark.parametrize("free", [0, 1, 255, 65535, *(edge + step for edge in MULTIPLES for step in (-1, 0, 1))])
 def test_gaps_around_the_skips_multiples_are_exact_before_between_and_behind_entries(free: int) -> None:
     places = torch.tensor([free, 2 * free + 1, 2 * free + 2], dtype=torch.int32)
     size = 3 * free + 3
     stream = encode_gaps(places, size=size)
-    assert len(stream) == 4 + 3 * (free // 255)
+    assert len(stream) == 4 + 3 * (free // 3840 + (free % 3840 >= 240))
     assert torch.equal(decode_gaps(stream, entries=3, size=size), places)
 
 
@@ -80,29 +95,27 @@ def test_the_largest_matrix_of_32_bit_places_has_no_overflow() -> None:
         assert torch.equal(decode_gaps(stream, entries=len(places), size=size), places)
 
 
-@pytest.mark.parametrize(
-    ("density", "bits"), [(0.01, 8.72), (0.02, 8.08), (0.04, 8.01), (0.15, 8.01)], ids=["1%", "2%", "4%", "15%"]
-)
-def test_entries_strewn_at_random_cost_about_a_byte_each(density: float, bits: float) -> None:
+@pytest.mark.parametrize(("density", "bits"), [(0.001, 14.7), (0.01, 8.75), (0.02, 8.1), (0.04, 8.01), (0.15, 8.01)])
+def test_entries_strewn_at_random_cost_the_promised_bits(density: float, bits: float) -> None:
     shape = (896, 896)
     places = drawn(shape[0] * shape[1], density=density)
     assert 8 * len(encode_gaps(places, size=shape[0] * shape[1])) / len(places) <= bits
 
 
-def test_no_pattern_costs_more_than_a_byte_an_entry_and_the_skips_of_the_whole_matrix() -> None:
+def test_no_pattern_costs_more_than_two_bytes_an_entry_and_the_longest_skips() -> None:
     size = 100_000
-    for every in (1, 2, 254, 255, 256, 257, 511, 5000, size):
+    for every in (1, 2, 240, 241, 479, 480, 481, 3840, 3841, 4080, 4081, 5000, size):
         places = torch.arange(every - 1, size, every, dtype=torch.int32)
-        assert len(encode_gaps(places, size=size)) <= len(places) + 1 + math.floor(size / 255)
+        assert len(encode_gaps(places, size=size)) <= 2 * (len(places) + 1) + size // 3840
 
 
 def test_no_damage_of_one_byte_goes_unseen() -> None:
-    size = 2000
-    places = torch.cat([drawn(600, density=0.1), torch.tensor([900, 1153, 1999], dtype=torch.int32)])
+    size = 9000
+    places = torch.cat([drawn(600, density=0.1), torch.tensor([900, 1140, 1980, 8900], dtype=torch.int32)])
     stream = encode_gaps(places, size=size)
-    assert (stream == 255).any()
+    assert {240, 242, 255} <= set(stream.tolist())
     for index in range(len(stream)):
-        for wrong in {0, 1, 128, 253, 254, 255, int(stream[index]) ^ 1} - {int(stream[index])}:
+        for wrong in set(range(256)) - {int(stream[index])}:
             damaged = stream.clone()
             damaged[index] = wrong
             with pytest.raises(KernelError, match="instead of"):
@@ -118,7 +131,7 @@ def test_a_stream_that_does_not_fit_its_matrix_is_refused(damage: str) -> None:
         "longer": torch.cat([stream, stream[-1:]]),
         "empty": stream[:0],
         # as many entries and as far in all, but the walk's last steps are skips
-        "swapped end": torch.cat([stream[:-3], stream[-1:], stream[-3:-1]]),
+        "swapped end": torch.cat([stream[:-2], stream[-1:], stream[-2:-1]]),
     }.get(damage, stream)
     entries, size = {"another size": (2, 999), "another count": (3, 1000)}.get(damage, (2, 1000))
     with pytest.raises(KernelError):

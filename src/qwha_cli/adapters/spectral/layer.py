@@ -27,7 +27,7 @@ from qwha_cli.adapters.spectral.config import Sizes
 from qwha_cli.adapters.spectral.derived import DerivedTensors
 from qwha_cli.errors import ArtifactError, KernelError, NumericsError
 from qwha_cli.kernels.effective_weight import Basis, Transform, effective_weight
-from qwha_cli.kernels.gaps import SKIP, decode_gaps, encode_gaps
+from qwha_cli.kernels.gaps import UNFILLED, decode_gaps, encode_gaps
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.spectral_linear import Keep, spectral_linear
 from qwha_cli.kernels.wht import wht
@@ -89,8 +89,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         self.qwha_scale[adapter_name] = scale
         self.qwha_transform[adapter_name] = transform
         if isinstance(start, Sizes):
-            # skips alone are no stream of any matrix: what a file leaves out cannot go unseen
-            self._put(adapter_name, torch.zeros(start.entries), torch.full((start.gap_bytes,), SKIP, dtype=torch.uint8))
+            # what a file leaves out shall not go unseen
+            self._put(adapter_name, torch.zeros(start.entries), torch.full((start.gap_bytes,), UNFILLED, dtype=torch.uint8))
         else:
             self.set_rows(adapter_name, start)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
