@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -88,6 +90,38 @@ def test_transformers_adds_a_second_adapter_switches_and_saves_it(run: tuple[Pat
     assert written["entries"] == json.loads((folder / "3-train" / "adapter_config.json").read_text())["entries"]
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "1-quantize"), str(tmp_path))
     assert torch.equal(logits(reloaded), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_gives_the_stored_values_in_float32_whatever_the_base_has(
+    run: tuple[Path, Tensor], dtype: torch.dtype
+) -> None:
+    folder, _ = run
+    stored = load_file(folder / "3-train" / "adapter_model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder / "1-quantize", dtype=dtype)
+    model.load_adapter(str(folder / "3-train"))
+    for name, layer in spectral_layers(model).items():
+        values, gaps = (stored[f"base_model.model.{name}.qwha_{part}"] for part in ("values", "gaps"))
+        assert (values.dtype, layer.qwha_values["default"].dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(layer.qwha_values["default"], values.float())
+        assert torch.equal(layer.qwha_gaps["default"], gaps)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_damaged_places_give_no_output_through_transformers_either(run: tuple[Path, Tensor], tmp_path: Path, damage: str) -> None:
+    folder, _ = run
+    shutil.copytree(folder / "3-train", tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.down_proj.qwha_gaps"
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name][3] ^= 64
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder / "1-quantize")
+    model.load_adapter(str(tmp_path))
+    with pytest.raises(ArtifactError, match="damaged or were never loaded"):
+        logits(model)
 
 
 def test_a_foreign_base_is_refused_by_every_door(run: tuple[Path, Tensor], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def make_layer() -> Callable[..., SpectralLinear]:
     def make(kind: str, *, scale: float = 1.0, rows: SparseRows | None = None) -> SpectralLinear:
         layer = SpectralLinear(base_of(kind))
         layer._active_adapter = ["default"]
-        layer.update_layer("default", rows=rows or random_sparse((80, 48)), scale=scale, transform="wht")
+        layer.update_layer("default", start=rows or random_sparse((80, 48)), scale=scale, transform="wht")
         return layer.eval()
 
     return make

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qwha_cli.adapters.build import (
     add_adapter,
+    as_stored,
     cache_weights,
     load_adapter,
     merged_weight,
@@ -142,17 +143,27 @@ def damage(folder: Path, kind: str) -> None:
     name = f"base_model.model.{Q}.qwha_"
     if kind == "missing":
         path.unlink()
-    elif kind == "truncated":
+        return
+    if kind == "truncated":
         path.write_bytes(path.read_bytes()[:100])
-    elif kind == "places":
-        tensors[f"{name}columns"][0] = 48
-        save_file(tensors, path, metadata={"format": "pt"})
+        return
+    if kind == "bit":
+        tensors[f"{name}gaps"][7] ^= 1
+    elif kind == "skip":
+        tensors[f"{name}gaps"][7] = 255
+    elif kind == "outside":
+        tensors[f"{name}gaps"][-1] += 100
+    elif kind == "wide":
+        tensors[f"{name}gaps"] = tensors[f"{name}gaps"].to(torch.int16)
+    elif kind == "unrounded":
+        tensors[f"{name}values"] = tensors[f"{name}values"].float()
     elif kind == "shorter":
         tensors[f"{name}values"] = tensors[f"{name}values"][:-1].clone()
-        save_file(tensors, path, metadata={"format": "pt"})
+    elif kind == "shorter gaps":
+        tensors[f"{name}gaps"] = tensors[f"{name}gaps"][:-1].clone()
     else:
-        del tensors[f"{name}values"]
-        save_file(tensors, path, metadata={"format": "pt"})
+        del tensors[f"{name}{kind.removeprefix('no ')}"]
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -160,9 +171,15 @@ def damage(folder: Path, kind: str) -> None:
     [
         ("missing", "no adapter_model.safetensors"),
         ("truncated", "cannot be read"),
-        ("places", "places outside of its matrix"),
-        ("shorter", r"should have \d+ entries, qwha_values in the file has \(\d+,\)"),
-        ("dropped", "qwha_values in the file has none"),
+        ("bit", f"layer {Q}: the places of adapter default are damaged"),
+        ("skip", f"layer {Q}: the places of adapter default are damaged"),
+        ("outside", f"layer {Q}: the places of adapter default are damaged"),
+        ("wide", r"should have \(\d+,\) of U8 as qwha_gaps, the file has \(\d+,\) of I16"),
+        ("unrounded", r"should have \(\d+,\) of BF16 as qwha_values, the file has \(\d+,\) of F32"),
+        ("shorter", r"should have \(\d+,\) of BF16 as qwha_values, the file has \(\d+,\) of BF16"),
+        ("shorter gaps", r"should have \(\d+,\) of U8 as qwha_gaps, the file has \(\d+,\) of U8"),
+        ("no values", "as qwha_values, the file has none"),
+        ("no gaps", "as qwha_gaps, the file has none"),
     ],
 )
 def test_a_damaged_adapter_is_refused(tmp_path: Path, kind: str, message: str) -> None:
@@ -170,6 +187,51 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, kind: str, message: str) -
     damage(tmp_path, kind)
     with pytest.raises(ArtifactError, match=message):
         load_adapter(base(), tmp_path, trainable=False)
+
+
+@pytest.mark.parametrize("kind", ["bit", "no gaps"])
+def test_damaged_places_give_no_output_through_plain_peft_either(tmp_path: Path, kind: str) -> None:
+    save_adapter(built(), tmp_path)
+    damage(tmp_path, kind)
+    model = PeftModel.from_pretrained(base(), str(tmp_path))
+    with pytest.raises(ArtifactError, match="damaged or were never loaded"):
+        logits(model)
+
+
+def test_the_format_of_earlier_versions_is_refused_by_name_and_with_a_remedy(tmp_path: Path) -> None:
+    save_adapter(built(), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name, rows in entries().items():
+        del tensors[f"base_model.model.{name}.qwha_gaps"]
+        tensors[f"base_model.model.{name}.qwha_values"] = rows.values
+        tensors[f"base_model.model.{name}.qwha_columns"] = rows.columns.short()
+        tensors[f"base_model.model.{name}.qwha_row_starts"] = rows.row_starts
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["gap_bytes"], config["store"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    doors = (
+        lambda model: load_adapter(model, tmp_path, trainable=False),
+        lambda model: PeftModel.from_pretrained(model, str(tmp_path)),
+        lambda model: model.load_adapter(str(tmp_path)),
+    )
+    for door in doors:
+        model = base()
+        with pytest.raises(ArtifactError, match="format of an earlier version") as error:
+            door(model)
+        assert "qwha init" in str(error.value.remedy)
+        assert not spectral_layers(model)
+
+
+def test_what_is_stored_in_bfloat16_is_what_the_reloaded_adapter_has(tmp_path: Path) -> None:
+    rows = {Q: SparseRows.from_mask(torch.randn(48, 48), torch.rand(48, 48) < 0.2)}
+    for store in ("bfloat16", "float32"):
+        save_adapter(add_adapter(base(), rank=4, scale=0.5, targets=[Q], rows=rows, store=store), tmp_path / store)
+        loaded = load_adapter(base(), tmp_path / store, trainable=True)
+        expected = as_stored(rows[Q], store)
+        assert torch.equal(spectral_layers(loaded)[Q].rows("default").values, expected.values)
+        assert torch.equal(expected.values, rows[Q].values) == (store == "float32")
 
 
 def test_another_methods_adapter_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qwha_cli.adapters.spectral.base_layer import dense_linear
+from qwha_cli.adapters.spectral.config import Sizes
 from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.errors import ArtifactError, ModelError, NumericsError
 from qwha_cli.kernels.sparse_matmul import SparseRows
@@ -69,7 +70,7 @@ def test_gradients_reach_the_values_and_the_input_and_nothing_else(make_layer: M
 def test_two_active_adapters_add_up_each_with_its_own_scale(make_layer: MakeLayer, kind: str) -> None:
     layer = make_layer(kind, scale=0.5)
     second = random_sparse((80, 48), seed=9)
-    layer.update_layer("second", rows=second, scale=-1.5, transform="wht")
+    layer.update_layer("second", start=second, scale=-1.5, transform="wht")
     x = inputs(4)
     only_first = layer(x)
     layer.set_adapter(["default", "second"])
@@ -83,8 +84,8 @@ def test_two_active_adapters_add_up_each_with_its_own_scale(make_layer: MakeLaye
 def test_the_identity_transform_adds_f_itself_alone_and_beside_another_adapter(kind: str) -> None:
     layer = SpectralLinear(base_of(kind))
     plain, spectral = random_sparse((80, 48)), random_sparse((80, 48), seed=4)
-    layer.update_layer("plain", rows=plain, scale=2.0, transform="identity")
-    layer.update_layer("wht", rows=spectral, scale=1.0, transform="wht")
+    layer.update_layer("plain", start=plain, scale=2.0, transform="identity")
+    layer.update_layer("wht", start=spectral, scale=1.0, transform="wht")
     x = inputs(4)
     base = x.double() @ dense_weight(layer.base_layer).T + layer.base_layer.bias.double()
     plain_part, spectral_part = x.double() @ (2.0 * plain.dense(torch.float64)).T, x.double() @ dense_delta(spectral, 1.0).T
@@ -114,7 +115,7 @@ def test_merged_and_unmerged_layers_compute_the_same(make_layer: MakeLayer, kind
 
 def test_a_second_adapter_merges_on_top_of_the_first_and_both_come_out(make_layer: MakeLayer) -> None:
     layer = make_layer("hadamard")
-    layer.update_layer("second", rows=random_sparse((80, 48), seed=9), scale=2.0, transform="wht")
+    layer.update_layer("second", start=random_sparse((80, 48), seed=9), scale=2.0, transform="wht")
     layer.set_adapter(["default", "second"])
     x = inputs(3)
     both = layer(x)
@@ -204,8 +205,7 @@ def test_loading_other_places_moves_the_entries(make_layer: MakeLayer) -> None:
     x = inputs(4)
     before = layer(x)
     rows = layer.rows("default")
-    shifted = SparseRows(rows.row_starts, (47 - rows.columns.long()).int(), rows.values, rows.shape)
-    other.set_rows("default", shifted)
+    other.set_rows("default", SparseRows.from_mask(rows.dense().flip(1), rows.dense().flip(1) != 0))
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x))
     assert not torch.equal(layer(x), before)
@@ -219,21 +219,40 @@ def test_only_values_and_places_are_in_the_layers_state(make_layer: MakeLayer) -
     own = {name: tensor.dtype for name, tensor in layer.state_dict().items() if not name.startswith("base_layer")}
     assert own == {
         "qwha_values.default": torch.float32,
-        "qwha_columns.default": torch.int16,
-        "qwha_row_starts.default": torch.int32,
+        "qwha_gaps.default": torch.uint8,
     }
 
 
-def test_columns_are_int32_where_int16_ends() -> None:
-    layer = SpectralLinear(nn.Linear(32772, 2, bias=False))
+def test_a_layer_of_more_columns_than_16_bits_count_keeps_its_places() -> None:
+    layer = SpectralLinear(nn.Linear(70000, 2, bias=False))
     rows = SparseRows(
-        torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([5, 32770], dtype=torch.int32), torch.ones(2), (2, 32772)
+        torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([5, 69990], dtype=torch.int32), torch.ones(2), (2, 70000)
     )
-    layer.update_layer("default", rows=rows, scale=1.0, transform="identity")
-    assert layer.qwha_columns["default"].dtype == torch.int32
-    x = torch.zeros(1, 32772)
-    x[0, 32770] = 1
+    layer.update_layer("default", start=rows, scale=1.0, transform="identity")
+    found = layer.rows("default")
+    assert torch.equal(found.columns, rows.columns)
+    assert torch.equal(found.row_starts, rows.row_starts)
+    x = torch.zeros(1, 70000)
+    x[0, 69990] = 1
     assert torch.allclose(layer(x) - layer.base_layer(x), torch.tensor([[0.0, 1.0]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.002, 0.3, 1.0])
+def test_rows_put_on_a_layer_come_back_the_same(density: float) -> None:
+    mask = torch.rand(80, 48, generator=torch.Generator().manual_seed(2)) < density
+    rows = SparseRows.from_mask(torch.randn(80, 48), mask)
+    layer = SpectralLinear(base_of("weight"))
+    layer.update_layer("default", start=rows, scale=1.0, transform="wht")
+    found = layer.rows("default")
+    assert all(torch.equal(getattr(found, part), getattr(rows, part)) for part in ("values", "columns", "row_starts"))
+
+
+def test_places_that_no_file_has_filled_are_an_error_and_no_silent_zero() -> None:
+    layer = SpectralLinear(base_of("weight"))
+    layer.update_layer("default", start=Sizes(entries=300, gap_bytes=301), scale=1.0, transform="wht")
+    layer.set_adapter("default")
+    with pytest.raises(ArtifactError, match="adapter default are damaged or were never loaded"):
+        layer(inputs(4))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])

@@ -23,6 +23,7 @@ from support.tiny_model import tiny_llama, tiny_qwen2
 
 register()
 KINDS = ["linear", "weight", "hadamard"]
+FILE = "adapter_model.safetensors"
 IDS = torch.randint(0, 256, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -70,7 +71,7 @@ def test_places_depend_on_the_seed_and_the_layer_and_repeat_for_the_same_seed() 
     name, neighbour = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
     def columns(layers: dict[str, SpectralLinear], layer: str) -> Tensor:
-        return layers[layer].qwha_columns["default"]
+        return layers[layer].rows("default").columns
 
     assert torch.equal(columns(first, name), columns(again, name))
     assert not torch.equal(columns(first, name), columns(other, name))
@@ -104,17 +105,44 @@ def test_reloading_onto_a_bfloat16_base_keeps_float32_values(tmp_path: Path) -> 
     assert {layer.qwha_values["default"].dtype for layer in spectral_layers(loaded).values()} == {torch.float32}
 
 
-def test_an_adapter_saved_in_bfloat16_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_files_round_once_and_are_float32_in_memory(tmp_path: Path, low_memory: bool, autocast: bool) -> None:
     model = adapted()
-    fill(model)
-    for layer in spectral_layers(model).values():
-        layer.qwha_values["default"] = nn.Parameter(layer.qwha_values["default"].data.bfloat16())
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
-    loaded = PeftModel.from_pretrained(base_model("linear"), str(tmp_path))
-    name = "model.layers.2.mlp.down_proj"
-    assert torch.equal(
-        spectral_layers(loaded)[name].qwha_values["default"], spectral_layers(model)[name].qwha_values["default"].float()
+    fill(model, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "once", save_embedding_layers=False)
+    assert {layer.qwha_values["default"].dtype for layer in spectral_layers(model).values()} == {torch.float32}
+    loaded = PeftModel.from_pretrained(
+        base_model("linear"), str(tmp_path / "once"), low_cpu_mem_usage=low_memory, autocast_adapter_dtype=autocast
     )
+    for name, layer in spectral_layers(loaded).items():
+        trained = spectral_layers(model)[name].qwha_values["default"]
+        assert layer.qwha_values["default"].dtype == torch.float32
+        assert torch.equal(layer.qwha_values["default"], trained.bfloat16().float())
+        assert not torch.equal(layer.qwha_values["default"], trained)
+    loaded.save_pretrained(tmp_path / "twice", save_embedding_layers=False)
+    assert (tmp_path / "once" / FILE).read_bytes() == (tmp_path / "twice" / FILE).read_bytes()
+
+
+def test_float32_files_lose_nothing(tmp_path: Path) -> None:
+    model = adapted("hadamard", store="float32")
+    fill(model, dtype=torch.float32)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(base_model("hadamard"), str(tmp_path))
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.peft_config["default"].store == "float32"
+
+
+def test_two_adapters_of_two_number_formats_live_on_one_model_and_keep_them(tmp_path: Path) -> None:
+    for name, store, rank in (("short", "bfloat16", 2), ("exact", "float32", 4)):
+        model = adapted("weight", store=store, rank=rank)
+        fill(model, dtype=torch.float32, seed=rank)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    model = PeftModel.from_pretrained(base_model("weight"), str(tmp_path / "short"), adapter_name="short")
+    model.load_adapter(str(tmp_path / "exact"), adapter_name="exact")
+    model.save_pretrained(tmp_path / "both", save_embedding_layers=False)
+    for name in ("short", "exact"):
+        assert (tmp_path / "both" / name / FILE).read_bytes() == (tmp_path / name / FILE).read_bytes()
 
 
 def test_the_file_holds_values_and_places_and_nothing_else_whatever_is_cached(tmp_path: Path) -> None:
@@ -123,14 +151,17 @@ def test_the_file_holds_values_and_places_and_nothing_else_whatever_is_cached(tm
         layer.cache_weights(True)
     logits(model)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / FILE)
     names = set(spectral_layers(model))
-    kinds = {"qwha_values": torch.float32, "qwha_columns": torch.int16, "qwha_row_starts": torch.int32}
+    kinds = {"qwha_values": torch.bfloat16, "qwha_gaps": torch.uint8}
     assert set(tensors) == {f"base_model.model.{name}.{kind}" for name in names for kind in kinds}
     assert all(tensor.dtype == kinds[name.rpartition(".")[2]] for name, tensor in tensors.items())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "QWHA"
-    assert config["entries"]["model.layers.0.mlp.up_proj"] == 4 * (48 + 80)
+    name = "model.layers.0.mlp.up_proj"
+    assert config["store"] == "bfloat16"
+    assert config["entries"][name] == len(tensors[f"base_model.model.{name}.qwha_values"]) == 4 * (48 + 80)
+    assert config["gap_bytes"][name] == len(tensors[f"base_model.model.{name}.qwha_gaps"]) == 4 * (48 + 80) + 1
     assert set(config["hadamard_digest"]) == {"48", "80"}
     assert len(config["base_fingerprint"]) == 64
 
@@ -172,7 +203,7 @@ def test_a_second_adapter_of_another_size_loads_switches_sums_and_goes(tmp_path:
     model.set_adapter("small")
     model.delete_adapter("large")
     assert torch.equal(logits(model), logits(small))
-    assert all(list(layer.qwha_columns.keys()) in ([], ["small"]) for layer in spectral_layers(model).values())
+    assert all(list(layer.qwha_gaps.keys()) in ([], ["small"]) for layer in spectral_layers(model).values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -295,7 +326,12 @@ def test_an_unsupported_layer_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"rank": 0}, "rank 0"), ({"scale": float("nan")}, "scale nan"), ({"transform": "dct"}, "no transform 'dct'")],
+    [
+        ({"rank": 0}, "rank 0"),
+        ({"scale": float("nan")}, "scale nan"),
+        ({"transform": "dct"}, "no transform 'dct'"),
+        ({"store": "int8"}, "no store 'int8'"),
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -45,6 +45,15 @@ def test_moving_changes_the_values_dtype_only(matrix: torch.Tensor, mask: torch.
     assert rows.dense(torch.float32).dtype == torch.float32
 
 
+def test_rounded_values_are_float32_numbers_that_bfloat16_holds() -> None:
+    rows = SparseRows.from_mask(torch.randn(4, 5), torch.ones(4, 5, dtype=torch.bool))
+    once = rows.rounded(torch.bfloat16)
+    assert once.values.dtype == torch.float32
+    assert torch.equal(once.values, rows.values.bfloat16().float())
+    assert torch.equal(once.rounded(torch.bfloat16).values, once.values)
+    assert torch.equal(rows.rounded(torch.float32).values, rows.values)
+
+
 # one token goes entry by entry, fifty through the dense matrix
 @pytest.mark.parametrize("shape", [(12,), (1, 12), (50, 12), (2, 25, 12), (0, 12)])
 def test_the_sparse_product_is_the_dense_one(shape: tuple[int, ...], matrix: torch.Tensor, mask: torch.Tensor) -> None:

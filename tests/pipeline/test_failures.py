@@ -164,7 +164,17 @@ def test_recipe_errors_come_all_at_once_with_exit_code_2(tmp_path: Path) -> None
 
 
 def train_command(output: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "qwha_cli", "train", "tiny-random", f"output={output}", "train.steps=40", *overrides]
+    return [
+        sys.executable,
+        "-m",
+        "qwha_cli",
+        "train",
+        "tiny-random",
+        f"output={output}",
+        "train.steps=40",
+        "adapter.store=float32",
+        *overrides,
+    ]
 
 
 def wait_for_checkpoint(process: subprocess.Popen[bytes], output: Path) -> None:

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from qwha_cli.adapters.build import load_adapter, spectral_layers
 from qwha_cli.artifacts.store import verify
 from qwha_cli.errors import GateError, ModelError
+from qwha_cli.initializers.refine import residual_error
+from qwha_cli.kernels.sparse_matmul import SparseRows
+from qwha_cli.quant.checkpoint import load_base
 from qwha_cli.recipe.load import load_recipe
 from qwha_cli.stages.plan import FOLDERS, plan
 from qwha_cli.stages.runner import RunResult, run_stages
@@ -87,6 +92,39 @@ def test_init_lowers_the_error_of_every_layer_with_exactly_the_budget(finished: 
         assert record["error_after"] < record["error_zero"]
         assert record["entries"] == rank * sum(record["shape"])
         assert record["entries_min"] >= 2
+
+
+def test_the_stored_bits_are_those_of_the_files(finished: Path) -> None:
+    base, init = (verify(finished / folder).results for folder in ("1-quantize", "2-init"))
+    tensors = load_file(finished / "2-init" / "adapter_model.safetensors")
+    bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert init["adapter_bits_per_entry"] == pytest.approx(bits / int(init["entries"]), rel=1e-12)
+    assert 24 < init["adapter_bits_per_entry"] < 24.5
+    assert init["bits_per_weight"] == pytest.approx(base["bits_per_weight"] + bits / base["weights"], rel=1e-12)
+    table = {row["row"]: row["bits_per_weight"] for row in run_stages_again(finished)[0].table}
+    assert table["init"] == table["trained"] >= init["bits_per_weight"]  # the table counts the file's header too
+
+
+@pytest.mark.parametrize("store", ["bfloat16", "float32"])
+def test_init_measures_its_errors_on_the_values_that_it_stores(copied: Path, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+    measured: list[SparseRows] = []
+
+    def spy(delta: torch.Tensor, rows: SparseRows, gram: torch.Tensor) -> float:
+        measured.append(rows)
+        return residual_error(delta, rows, gram)
+
+    monkeypatch.setattr("qwha_cli.stages.init.residual_error", spy)
+    run(copied, f"adapter.store={store}", "adapter.scale=0.3", until="init")
+    folder = next(copied.iterdir())
+    names = [json.loads(line)["name"] for line in (folder / "2-init" / "layers.jsonl").read_text().splitlines()]
+    base = load_base(folder / "1-quantize", dtype=torch.float32)
+    layers = spectral_layers(load_adapter(base, folder / "2-init", trainable=False))
+    assert len(measured) == len(names) == 14
+    for name, rows in zip(names, measured, strict=True):
+        stored = layers[name].rows("default")
+        assert torch.equal(rows.columns.cpu(), stored.columns)
+        assert torch.equal(rows.values.cpu(), stored.values * 0.3)
+        assert torch.equal(stored.values.bfloat16().float(), stored.values) == (store == "bfloat16")
 
 
 def test_training_lowers_the_loss(finished: Path) -> None:

@@ -15,10 +15,11 @@ from qwha_cli.quant.packed import Basis, PackedWeight, QuantFormat
 
 
 def random_sparse(shape: tuple[int, int], *, seed: int = 0, density: float = 0.1) -> SparseRows:
+    """Entries in every row, with values that a file in bfloat16 holds."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(shape, generator=generator) < density
     mask[:, 3] = True  # at least one a row
-    return SparseRows.from_mask(torch.randn(shape, generator=generator) * 0.1, mask)
+    return SparseRows.from_mask(torch.randn(shape, generator=generator) * 0.1, mask).rounded(torch.bfloat16)
 
 
 def quantize_linear(linear: nn.Linear, basis: Basis) -> QuantizedLinear:
@@ -63,10 +64,12 @@ def quantize_model(model: nn.Module, basis: Basis) -> nn.Module:
     return model
 
 
-def fill(model: nn.Module, *, adapter: str = "default", seed: int = 0, std: float = 0.05) -> None:
-    """Random values for all layers of an adapter, as if it had been trained."""
+def fill(
+    model: nn.Module, *, adapter: str = "default", seed: int = 0, std: float = 0.05, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Random values for all layers of an adapter, as if it had been trained and stored in a number format."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, SpectralLinear) and adapter in module.qwha_values:
             values = module.qwha_values[adapter]
-            values.data = torch.randn(values.shape, generator=generator) * std
+            values.data = (torch.randn(values.shape, generator=generator) * std).to(dtype).float()

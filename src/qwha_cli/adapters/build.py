@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qwha_cli.adapters.peft_bridge import METHOD, register
 from qwha_cli.adapters.provenance import base_fingerprint
-from qwha_cli.adapters.spectral.config import SpectralConfig
+from qwha_cli.adapters.spectral.config import Sizes, SpectralConfig, Store, store_dtype
 from qwha_cli.adapters.spectral.layer import Keep, SpectralLinear
 from qwha_cli.adapters.spectral.model import SpectralModel
 from qwha_cli.adapters.spectral.model import spectral_layers as _spectral_layers
@@ -26,6 +26,7 @@ from qwha_cli.kernels.sparse_matmul import SparseRows
 
 ADAPTER = "default"
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+_AGAIN = "run the stage that writes it again"
 _LOADING = """
 ## Loading
 
@@ -46,6 +47,7 @@ def add_adapter(
     targets: list[str],
     rows: Mapping[str, SparseRows],
     fingerprint: str | None = None,
+    store: Store = "bfloat16",
 ) -> PeftModel:
     """Put a trainable adapter on a base, with the places and values that an initializer computed.
 
@@ -56,6 +58,7 @@ def add_adapter(
         targets: Full module names.
         rows: F (out, in) for each of them.
         fingerprint: The base's, where it is known and the base is a skeleton; None to compute it.
+        store: Number format of the values in files; the values on the model are those of `rows`, see `as_stored`.
 
     Returns:
         The PeftModel around the base; only the adapter's values require gradients.
@@ -71,7 +74,10 @@ def add_adapter(
         rank=rank,
         scale=scale,
         target_modules=set(targets),
-        entries={name: len(rows[name].values) for name in targets},
+        # nothing to draw or to reserve: `assign` brings places and values
+        entries=dict.fromkeys(targets, 0),
+        gap_bytes=dict.fromkeys(targets, 0),
+        store=store,
         base_fingerprint=fingerprint or base_fingerprint(model),
     )
     peft_model = cast(PeftModel, get_peft_model(model, config, adapter_name=ADAPTER))
@@ -86,6 +92,11 @@ def _check_targets(model: nn.Module, targets: list[str], rows: Mapping[str, Spar
             raise ModelError("the model has no such module", where=f"layer {name}", remedy="use full module names of this model")
         if name not in rows:
             raise ModelError("no entries were computed for this layer", where=f"layer {name}", remedy="run qwha init again")
+
+
+def as_stored(rows: SparseRows, store: Store) -> SparseRows:
+    """F as it comes back from a file: what is measured on this is true of the adapter that is read."""
+    return rows.rounded(store_dtype(store))
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
@@ -105,21 +116,20 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
     register()
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
-        raise ArtifactError(f"no {' and no '.join(missing)}", where=str(folder), remedy="run the stage that writes it again")
+        raise ArtifactError(f"no {' and no '.join(missing)}", where=str(folder), remedy=_AGAIN)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, SpectralConfig):
             method = f"{config.peft_type}".removeprefix("PeftType.")
             message = f"the adapter's method is {method}, not {METHOD.upper()}"
             raise ArtifactError(message, where=str(folder), remedy="load it with peft alone")
+        config.check_format()
         _check_tensors(folder, config)
         peft_model = PeftModel.from_pretrained(
             model, str(folder), adapter_name=ADAPTER, is_trainable=trainable, torch_device=str(model.device)
         )
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ArtifactError(
-            f"the adapter cannot be read: {error}", where=str(folder), remedy="run the stage that writes it again"
-        ) from error
+        raise ArtifactError(f"the adapter cannot be read: {error}", where=str(folder), remedy=_AGAIN) from error
     _check_places(peft_model, folder)
     return peft_model
 
@@ -127,29 +137,29 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
 def _check_tensors(folder: Path, config: SpectralConfig) -> None:
     """Peft only warns of a missing tensor and goes on with zeros."""
     with safe_open(folder / _FILES[1], framework="pt") as file:
-        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-    for name, count in (config.entries or {}).items():
-        for part in ("qwha_values", "qwha_columns"):
-            shape = found.get(f"base_model.model.{name}.{part}")
-            if shape != (count,):
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+        found = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    values = {"bfloat16": "BF16", "float32": "F32"}[config.store]
+    for name in config.entries or {}:
+        sizes = cast(Sizes, config.sizes_of(name))
+        for part, expected in {"qwha_values": (values, (sizes.entries,)), "qwha_gaps": ("U8", (sizes.gap_bytes,))}.items():
+            tensor = found.get(f"base_model.model.{name}.{part}")
+            if tensor != expected:
+                shown = "none" if tensor is None else f"{tensor[1]} of {tensor[0]}"
                 raise ArtifactError(
-                    f"layer {name} should have {count} entries, {part} in the file has {'none' if shape is None else shape}",
+                    f"layer {name} should have {expected[1]} of {expected[0]} as {part}, the file has {shown}",
                     where=str(folder),
-                    remedy="run the stage that writes it again",
+                    remedy=_AGAIN,
                 )
 
 
 def _check_places(model: nn.Module, folder: Path) -> None:
     """A place outside of its matrix would be a wrong weight on a CPU and end the process on a GPU."""
     for name, layer in _spectral_layers(model).items():
-        rows = layer.rows(ADAPTER)
-        starts, columns = rows.row_starts.long(), rows.columns.long()
-        sound = starts[0] == 0 and starts[-1] == len(columns) and bool((starts.diff() >= 0).all())
-        inside = len(columns) == 0 or (columns.min() >= 0 and columns.max() < layer.in_features)
-        if not (sound and inside):
-            raise ArtifactError(
-                f"layer {name} has places outside of its matrix", where=str(folder), remedy="run the stage that writes it again"
-            )
+        try:
+            layer.rows(ADAPTER)
+        except ArtifactError as error:
+            raise ArtifactError(f"layer {name}: {error.message}", where=str(folder), remedy=_AGAIN) from error
 
 
 def save_adapter(peft_model: PeftModel, folder: Path, *, base: str | None = None) -> None:

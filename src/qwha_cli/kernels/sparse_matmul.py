@@ -48,6 +48,19 @@ class SparseRows:
         columns = mask.nonzero()[:, 1].to(torch.int32)
         return cls(starts, columns, dense_values[mask], (out_features, in_features))
 
+    @classmethod
+    def from_flat(cls, flat_index: Tensor, values: Tensor, *, shape: tuple[int, int]) -> SparseRows:
+        """Entries given by their places in the flattened matrix.
+
+        Args:
+            flat_index: (nnz,) int32, row · in + column, ascending and without repeats.
+            values: (nnz,), floating, same device.
+            shape: (out, in); out · in < 2^31.
+        """
+        out_features, in_features = shape
+        edges = torch.arange(out_features + 1, dtype=torch.int32, device=flat_index.device) * in_features
+        return cls(torch.searchsorted(flat_index, edges, out_int32=True), flat_index % in_features, values, shape)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SparseRows:
         """The same rows on another device and, if given, with values of another dtype; indices stay int32."""
         return SparseRows(
@@ -57,6 +70,10 @@ class SparseRows:
     def with_values(self, values: Tensor) -> SparseRows:
         """Other values (nnz,) at the same places."""
         return SparseRows(self.row_starts, self.columns, values, self.shape)
+
+    def rounded(self, dtype: torch.dtype) -> SparseRows:
+        """The same entries with values that `dtype` holds exactly, in the number format that they had."""
+        return self.with_values(self.values.to(dtype).to(self.values.dtype))
 
     def counts(self) -> Tensor:
         """(out,) int32: entries of each row."""

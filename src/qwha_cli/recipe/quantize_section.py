@@ -147,6 +147,10 @@ class AdapterSection(Section):
     method: Annotated[Literal["qwha"], Field(description="Kind of adapter.")] = "qwha"
     rank: Annotated[Count, Field(description="Budget: each layer gets rank x (inputs + outputs) trainable values.")] = 64
     scale: Annotated[Positive, Field(description="Factor on the adapter's contribution.")] = 1.0
+    store: Annotated[
+        Literal["bfloat16", "float32"],
+        Field(description="Number format of the values on disk, rounded when a stage is done; training has float32."),
+    ] = "bfloat16"
     targets: Annotated[
         Literal["all-linear"] | tuple[str, ...],
         BeforeValidator(_targets),

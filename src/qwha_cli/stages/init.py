@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qwha_cli import catalog
-from qwha_cli.adapters.build import add_adapter, save_adapter
+from qwha_cli.adapters.build import add_adapter, as_stored, save_adapter
+from qwha_cli.adapters.size import size_summary
 from qwha_cli.adapters.spectral.base_layer import dense_linear
 from qwha_cli.artifacts.blocks import FinishedBlocks, Record
 from qwha_cli.errors import ArtifactError, GateError
@@ -77,8 +78,16 @@ def run(context: StageContext) -> dict[str, object]:
         targets=[t.name for t in targets],
         rows=rows,
         fingerprint=base.fingerprint,
+        store=recipe.adapter.store,
     )
     save_adapter(adapted, context.draft, base=str(context.inputs["quantize"]))
+    quantized = context.manifests["quantize"].results
+    summary |= size_summary(
+        context.draft,
+        entries=cast(int, summary["entries"]),
+        base_bits_per_weight=cast(float, quantized["bits_per_weight"]),
+        weights=cast(int, quantized["weights"]),
+    )
     write_lines(context.draft / "layers.jsonl", records)
     layer_heatmap(records, "error_after", context.draft / "heatmap.png", title="Layer output error after initialisation")
     entries_histogram(records, context.draft / "entries.png")
@@ -168,7 +177,9 @@ def _initialize_layer(context: StageContext, layer: _Layer, gram: Gram) -> tuple
     places = initialize(delta, gram_h, budget=budget, options=_options(context))
     energy = _energy(weight_h, gram_h)
     error_zero = _energy(delta, gram_h) / energy
-    error_after = residual_error(delta, places, gram_h) / energy
+    scale = recipe.adapter.scale
+    rows = as_stored(places.with_values(places.values / scale), recipe.adapter.store)
+    error_after = residual_error(delta, rows.with_values(rows.values * scale), gram_h) / energy
     counts = places.counts()
     record: dict[str, object] = {
         "name": layer.target.name,
@@ -183,8 +194,7 @@ def _initialize_layer(context: StageContext, layer: _Layer, gram: Gram) -> tuple
         "error_after": error_after,
         "seconds": round(time.monotonic() - started, 4),
     }
-    scale = recipe.adapter.scale
-    return places.with_values(places.values / scale), record
+    return rows, record
 
 
 def _options(context: StageContext) -> InitOptions:

@@ -2,10 +2,10 @@
 
     y = x W'ᵀ + b,    W' = Q̂ + α F Hᵀ  (nn.Linear, or codes in the weight basis)  or  (Q̂ + α F) Hᵀ  (codes in the Hadamard basis)
 
-On the layer lie, by adapter name, `qwha_values` float32 (nnz,) — the only trainable tensors — and the places `qwha_columns` int16
-(int32 above 32768 inputs) (nnz,) and `qwha_row_starts` int32 (out + 1,). peft writes whatever hangs on a tuner layer beside
-`base_layer` into the adapter's file, so everything derived (flat index, evaluation weight) is kept outside the module tree, see
-derived.py. Parameters are looked up at every call: peft re-creates them.
+On the layer lie, by adapter name, `qwha_values` float32 (nnz,) — the only trainable tensors — and their places as the stream of
+bytes `qwha_gaps` uint8, see kernels/gaps.py. peft writes whatever hangs on a tuner layer beside `base_layer` into the adapter's
+file, so everything derived (flat index, evaluation weight) is kept outside the module tree, see derived.py. Parameters are looked
+up at every call: peft re-creates them.
 
 This file does not decide which layers get an adapter (model.py) nor how many entries where (places.py, initializers).
 """
@@ -23,15 +23,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from qwha_cli.adapters.spectral.base_layer import base_weight, basis_of, checked_base, dense_linear, device_of
+from qwha_cli.adapters.spectral.config import Sizes
 from qwha_cli.adapters.spectral.derived import DerivedTensors
-from qwha_cli.errors import ArtifactError, NumericsError
+from qwha_cli.errors import ArtifactError, KernelError, NumericsError
 from qwha_cli.kernels.effective_weight import Basis, Transform, effective_weight
+from qwha_cli.kernels.gaps import UNFILLED, decode_gaps, encode_gaps
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.spectral_linear import Keep, spectral_linear
 from qwha_cli.kernels.wht import wht
 from qwha_cli.quant.linear import QuantizedLinear
-
-_SHORT_COLUMNS = 1 << 15  # so many columns have indices that fit int16
 
 
 class SpectralLinear(nn.Module, BaseTunerLayer):
@@ -45,7 +45,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("qwha_values",)
-    other_param_names = ("qwha_columns", "qwha_row_starts", "qwha_scale", "qwha_transform")
+    other_param_names = ("qwha_gaps", "qwha_scale", "qwha_transform")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -54,8 +54,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         self.out_features: int = self.base_layer.out_features
         self.qwha_values = nn.ParameterDict()
         # persistent is not the default, and without it the places would silently be missing in the file
-        self.qwha_columns = BufferDict(persistent=True)
-        self.qwha_row_starts = BufferDict(persistent=True)
+        self.qwha_gaps = BufferDict(persistent=True)
         self.qwha_scale: dict[str, float] = {}
         self.qwha_transform: dict[str, Transform] = {}
         self.keep: Keep = "memory"
@@ -75,20 +74,25 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         return basis_of(self.base_layer)
 
     def update_layer(
-        self, adapter_name: str, *, rows: SparseRows, scale: float, transform: Transform, inference_mode: bool = False
+        self, adapter_name: str, *, start: SparseRows | Sizes, scale: float, transform: Transform, inference_mode: bool = False
     ) -> None:
         """Add an adapter, or replace the one of that name.
 
         Args:
             adapter_name: Name of the adapter.
-            rows: F (out, in) with its start values.
+            start: F (out, in) with its start values; or the sizes of tensors that a file will fill, without which they are of
+                no use.
             scale: α.
             transform: "wht" or "identity".
             inference_mode: Whether its values stay frozen.
         """
         self.qwha_scale[adapter_name] = scale
         self.qwha_transform[adapter_name] = transform
-        self.set_rows(adapter_name, rows)
+        if isinstance(start, Sizes):
+            # what a file leaves out shall not go unseen
+            self._put(adapter_name, torch.zeros(start.entries), torch.full((start.gap_bytes,), UNFILLED, dtype=torch.uint8))
+        else:
+            self.set_rows(adapter_name, start)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_rows(self, adapter_name: str, rows: SparseRows) -> None:
@@ -100,26 +104,43 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
         Raises:
             ArtifactError: The shape is not the layer's.
+            KernelError: Columns do not ascend within a row.
         """
         if tuple(rows.shape) != (self.out_features, self.in_features):
             raise ArtifactError(f"entries for a layer {tuple(rows.shape)} on one of {(self.out_features, self.in_features)}")
+        self._put(adapter_name, rows.values.detach(), encode_gaps(rows.flat_index(), size=self._size))
+
+    def _put(self, adapter_name: str, values: Tensor, gaps: Tensor) -> None:
         trainable = self.qwha_values[adapter_name].requires_grad if adapter_name in self.qwha_values else True
+        device = device_of(self.base_layer)
         # clone: rows is a value, training must not write into the caller's tensor
-        values = rows.values.detach().to(device_of(self.base_layer), torch.float32).clone()
-        self.qwha_values[adapter_name] = nn.Parameter(values, requires_grad=trainable)
-        short = torch.int16 if self.in_features <= _SHORT_COLUMNS else torch.int32
-        self.qwha_columns[adapter_name] = rows.columns.to(device_of(self.base_layer), short)
-        self.qwha_row_starts[adapter_name] = rows.row_starts.to(device_of(self.base_layer), torch.int32)
+        self.qwha_values[adapter_name] = nn.Parameter(values.to(device, torch.float32).clone(), requires_grad=trainable)
+        self.qwha_gaps[adapter_name] = gaps.to(device)
         self._forget()
 
+    @property
+    def _size(self) -> int:
+        return self.out_features * self.in_features
+
     def rows(self, adapter_name: str) -> SparseRows:
-        """F of one adapter as a value, without α, detached."""
-        return SparseRows(
-            row_starts=cast(Tensor, self.qwha_row_starts[adapter_name]),
-            columns=cast(Tensor, self.qwha_columns[adapter_name]).int(),
-            values=self.qwha_values[adapter_name].detach(),
-            shape=(self.out_features, self.in_features),
-        )
+        """F of one adapter as a value, without α, detached.
+
+        Raises:
+            ArtifactError: The stream of its places is damaged, or was never loaded.
+        """
+        shape = (self.out_features, self.in_features)
+        return SparseRows.from_flat(self._places(adapter_name), self.qwha_values[adapter_name].detach(), shape=shape)
+
+    def _places(self, adapter_name: str) -> Tensor:
+        """(nnz,) int32, row · in + column of each entry, read anew from the stream."""
+        gaps = cast(Tensor, self.qwha_gaps[adapter_name])
+        try:
+            return decode_gaps(gaps, entries=len(self.qwha_values[adapter_name]), size=self._size)
+        except KernelError as error:
+            raise ArtifactError(
+                f"the places of adapter {adapter_name} are damaged or were never loaded: {error.message}",
+                remedy="load it from an undamaged folder; a config with entries is for loading, not for a fresh adapter",
+            ) from error
 
     # ---- forward
 
@@ -190,8 +211,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     def _flat_index(self, names: tuple[str, ...]) -> Tensor:
         """Positions row · in + column of all entries, one adapter after the other."""
-        places = [cast(Tensor, tensors[name]) for name in names for tensors in (self.qwha_columns, self.qwha_row_starts)]
-        return self._index.get(names, places, lambda: torch.cat([self.rows(name).flat_index() for name in names]))
+        sources = [cast(Tensor, self.qwha_gaps[name]) for name in names]
+        return self._index.get(names, sources, lambda: torch.cat([self._places(name) for name in names]))
 
     def _delta(self, names: Sequence[str]) -> Tensor:
         return reduce(torch.add, [self.get_delta_weight(name) for name in names])
@@ -311,8 +332,11 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         if self.qwha_values[adapter_name].device.type == "meta":
             return
         target = device or device_of(self.base_layer)
-        for tensors in (self.qwha_values, self.qwha_columns, self.qwha_row_starts):
-            tensors[adapter_name] = cast(Tensor, tensors[adapter_name]).to(target)
+        values = self.qwha_values[adapter_name]
+        # float32 also where peft put the file's own bfloat16 tensor in the parameter's place
+        moved = values.detach().to(target, torch.float32)
+        self.qwha_values[adapter_name] = nn.Parameter(moved, requires_grad=values.requires_grad)
+        self.qwha_gaps[adapter_name] = cast(Tensor, self.qwha_gaps[adapter_name]).to(target)
 
     def _forget(self) -> None:
         self._index.clear()

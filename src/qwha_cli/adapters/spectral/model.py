@@ -1,8 +1,9 @@
 """The tuner that puts SpectralLinear layers into a model: what peft calls when an adapter is added, saved, loaded or merged.
 
 Beside peft's own work it (1) resolves "all-linear" so that quantized layers count, (2) builds every layer's tensors in the size
-that the file will have, (3) refuses a foreign base or foreign Hadamard matrices before anything is changed, (4) writes their
-identity into the config when an adapter is saved, and (5) turns a quantized model into an ordinary one on merge_and_unload.
+that the file will have, (3) refuses a foreign base, foreign Hadamard matrices or an older format before anything is changed,
+(4) writes their identity into the config and the values in the file's number format when an adapter is saved, and (5) turns a
+quantized model into an ordinary one on merge_and_unload.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 
 from qwha_cli.adapters.provenance import base_fingerprint, check_base, check_transform, hadamard_digests
 from qwha_cli.adapters.spectral.base_layer import dense_linear
-from qwha_cli.adapters.spectral.config import SpectralConfig
+from qwha_cli.adapters.spectral.config import Sizes, SpectralConfig, store_dtype
 from qwha_cli.adapters.spectral.layer import SpectralLinear
-from qwha_cli.adapters.spectral.places import budget, even_rows, random_rows
+from qwha_cli.adapters.spectral.places import budget, random_rows
 from qwha_cli.errors import ModelError
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.quant.linear import QuantizedLinear
 
 ALL_LINEAR = "all-linear"
+_VALUES = ".qwha_values."
 _PEFT_PREFIX = "base_model.model."  # what PeftModel puts in front of the base's module names
 
 
@@ -47,6 +49,7 @@ class SpectralModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check that the adapter fits, while the model is still untouched; peft calls this for every adapter that is added."""
         config = cast(SpectralConfig, peft_config)
+        config.check_format()
         check_transform(config.hadamard_digest)
         check_base(config.base_fingerprint, model)
         if config.target_modules == ALL_LINEAR:
@@ -69,7 +72,7 @@ class SpectralModel(BaseTuner):
             raise ModelError(error.message, where=f"layer {current_key}", remedy=error.remedy) from error
         layer.update_layer(
             adapter_name,
-            rows=_start(layer, config, current_key),
+            start=_start(layer, config, current_key),
             scale=config.scale,
             transform=config.transform,
             inference_mode=config.inference_mode,
@@ -122,13 +125,15 @@ class SpectralModel(BaseTuner):
         _note_sizes(ours, spectral_layers(model), adapter_name)
         if ours.base_fingerprint is None:
             ours.base_fingerprint = base_fingerprint(model)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        dtype = store_dtype(ours.store)
+        return {name: tensor.to(dtype) if _VALUES in name else tensor for name, tensor in tensors.items()}
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Tensors that DistributedDataParallel must leave alone.
 
-        Places and codes never change, so broadcasting them is waste, and neither gloo nor NCCL can: they know no int16.
+        Places and codes never change and are equal on all ranks, so broadcasting them is waste.
         """
         names = [
             f"{prefix}.{name}" if prefix else name
@@ -204,17 +209,15 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-def _start(layer: SpectralLinear, config: SpectralConfig, name: str) -> SparseRows:
+def _start(layer: SpectralLinear, config: SpectralConfig, name: str) -> SparseRows | Sizes:
     shape = (layer.out_features, layer.in_features)
-    entries = config.entries_of(name)
-    if entries is not None:
-        return even_rows(shape, entries=entries)
-    return random_rows(shape, entries=budget(shape, config.rank), seed=config.seed, name=name)
+    return config.sizes_of(name) or random_rows(shape, entries=budget(shape, config.rank), seed=config.seed, name=name)
 
 
 def _note_sizes(config: SpectralConfig, layers: Mapping[str, SpectralLinear], adapter_name: str) -> None:
     own = {name: layer for name, layer in layers.items() if adapter_name in layer.qwha_values}
     config.entries = {name: layer.qwha_values[adapter_name].numel() for name, layer in own.items()}
+    config.gap_bytes = {name: cast(Tensor, layer.qwha_gaps[adapter_name]).numel() for name, layer in own.items()}
     if config.transform == "wht":
         config.hadamard_digest = hadamard_digests(layer.in_features for layer in own.values())
 

@@ -45,14 +45,6 @@ def random_rows(shape: tuple[int, int], *, entries: int, seed: int, name: str) -
     return _rows(shape, counts, torch.cat(columns))
 
 
-def even_rows(shape: tuple[int, int], *, entries: int) -> SparseRows:
-    """Zero values at equally spaced places: valid, cheap at any size, and about to be overwritten by a file's tensors."""
-    out_features, in_features = shape
-    counts = _even_counts(entries, out_features)
-    order = torch.arange(entries) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return _rows(shape, counts, order * in_features // counts.repeat_interleave(counts))
-
-
 def _even_counts(entries: int, num_rows: int) -> Tensor:
     counts = torch.full((num_rows,), entries // num_rows)
     counts[: entries % num_rows] += 1
