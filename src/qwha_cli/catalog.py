@@ -33,6 +33,7 @@ LOW_RANK_INITIALIZERS: Mapping[str, str] = {
 }
 
 ADAPTERS: Mapping[str, str] = {
+    "lora": "qwha_cli.adapters.low_rank.model:LowRankModel",
     "qwha": "qwha_cli.adapters.spectral.model:SpectralModel",
 }
 

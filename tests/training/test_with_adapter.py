@@ -63,7 +63,7 @@ def adapted(folder: Path) -> PeftModel:
         if isinstance(module, QuantizedLinear):
             mask = torch.rand(module.out_features, module.in_features, generator=generator) < 0.1
             rows[name] = SparseRows.from_mask(torch.zeros(mask.shape), mask)
-    return add_adapter(base, rank=4, scale=1.0, targets=list(rows), rows=rows)
+    return add_adapter(base, rank=4, scale=1.0, targets=list(rows), start=rows)
 
 
 def fit(model: PeftModel, work: Path, *, stop_after: int | None = None, **settings: object) -> TrainResult:

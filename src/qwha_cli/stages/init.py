@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qwha_cli import catalog
+from qwha_cli.adapters.base_layer import dense_linear
 from qwha_cli.adapters.build import add_adapter, save_adapter
-from qwha_cli.adapters.spectral.base_layer import dense_linear
 from qwha_cli.errors import GateError
 from qwha_cli.initializers.budget import InitOptions
 from qwha_cli.initializers.refine import residual_error
