@@ -140,7 +140,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
         self._forget()
 
-    def _own_weight(self) -> nn.Parameter:
+    def _own_weight(self) -> Tensor:
         assert isinstance(self.base_layer, nn.Linear)
         return self.base_layer.weight
 

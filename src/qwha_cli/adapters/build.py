@@ -94,7 +94,7 @@ def _low_rank_config(rank: int, scale: float, targets: list[str]) -> LoraConfig:
         # peft declares an integer, and takes any number
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=0.0,
-        target_modules=set(targets),
+        target_modules=sorted(targets),
     )
     use_our_layers(config)
     return config

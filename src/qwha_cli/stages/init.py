@@ -1,4 +1,6 @@
-"""The init stage: choose the places and values of F from the quantization error, block by block.
+"""The init stage: the adapter's start from the quantization error, block by block.
+
+For a sparse adapter that is the places and values of F, for a LoRA its two factors (init_low_rank.py).
 
 The inputs that a layer's error is measured on are those of the compressed model with the adapters of all earlier blocks in
 place, because that is what the layer will see. A layer that ends worse than with a zero adapter stops the run
@@ -18,10 +20,11 @@ from torch import Tensor, nn
 
 from qwha_cli import catalog
 from qwha_cli.adapters.base_layer import dense_linear
-from qwha_cli.adapters.build import add_adapter, save_adapter
+from qwha_cli.adapters.build import Start, add_adapter, save_adapter
 from qwha_cli.errors import GateError
 from qwha_cli.initializers.budget import InitOptions
 from qwha_cli.initializers.refine import residual_error
+from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.wht import wht
 from qwha_cli.models.targets import Target, find_targets
@@ -32,6 +35,7 @@ from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.report.plots import entries_histogram, layer_heatmap
 from qwha_cli.stages.context import StageContext, write_lines
+from qwha_cli.stages.init_low_rank import corrected_weight, initialize_low_rank
 from qwha_cli.stages.quantize import calibration, load_original, note_blocks
 
 Initialize = Callable[..., SparseRows]
@@ -49,7 +53,7 @@ def run(context: StageContext) -> dict[str, object]:
     by_block: dict[int, list[Target]] = {}
     for target in targets:
         by_block.setdefault(target.block, []).append(target)
-    rows: dict[str, SparseRows] = {}
+    start: dict[str, Start] = {}
     records: list[dict[str, object]] = []
     borrowed: dict[str, nn.Module] = {}
     batch_size = recipe.quantize.calibration.batch_size
@@ -59,11 +63,11 @@ def run(context: StageContext) -> dict[str, object]:
         grams = block.grams([t.name for t in own])
         for target in own:
             layer = _Layer(target, get_linear(model, target.name), get_linear(original.model, target.name).weight)
-            rows[target.name], record = _initialize_layer(context, layer, grams[target.name])
+            start[target.name], record = _initialize_layer(context, layer, grams[target.name])
             records.append(record)
             # The next block shall see this one corrected; the packed layer returns when the walk has gone on.
             borrowed[target.name] = layer.module
-            replace(model, target.name, _corrected(layer, rows[target.name], recipe.adapter.scale))
+            replace(model, target.name, _corrected(layer, start[target.name], recipe.adapter.scale))
         context.progress(block.index + 1, max(by_block) + 1, block.name)
     _give_back(model, borrowed)
     del original
@@ -71,12 +75,13 @@ def run(context: StageContext) -> dict[str, object]:
     context.events.layers("init", records)
     _check_gate(context, records)
     adapted = add_adapter(
-        model, rank=recipe.adapter.rank, scale=recipe.adapter.scale, targets=[t.name for t in targets], rows=rows
+        model, rank=recipe.adapter.rank, scale=recipe.adapter.scale, targets=[t.name for t in targets], start=start
     )
     save_adapter(adapted, context.draft, base=str(context.inputs["quantize"]))
     write_lines(context.draft / "layers.jsonl", records)
     layer_heatmap(records, "error_after", context.draft / "heatmap.png", title="Layer output error after initialisation")
-    entries_histogram(records, context.draft / "entries.png")
+    if any("entries_max" in record for record in records):
+        entries_histogram(records, context.draft / "entries.png")
     return summary
 
 
@@ -98,8 +103,19 @@ class _Layer:
             return self.module.dense(dtype)
         return cast(nn.Linear, self.module).weight.detach().to(dtype)
 
+    def in_weight_basis(self, dtype: torch.dtype) -> Tensor:
+        """The base's weight (out, in) in the weight basis."""
+        return wht(self.dense(dtype), transpose=True) if self.basis == "hadamard" else self.dense(dtype)
 
-def _initialize_layer(context: StageContext, layer: _Layer, gram: Gram) -> tuple[SparseRows, dict[str, object]]:
+
+def _initialize_layer(context: StageContext, layer: _Layer, gram: Gram) -> tuple[Start, dict[str, object]]:
+    if context.recipe.adapter.method == "qwha":
+        return _place_entries(context, layer, gram)
+    base = layer.in_weight_basis(torch.float32)
+    return initialize_low_rank(context.recipe, layer.target, weight=layer.weight, base=base, gram=gram, options=_options(context))
+
+
+def _place_entries(context: StageContext, layer: _Layer, gram: Gram) -> tuple[SparseRows, dict[str, object]]:
     started = time.monotonic()
     recipe = context.recipe
     dtype = torch.float64 if recipe.init.precision == "float64" else torch.float32
@@ -149,14 +165,21 @@ def _energy(matrix: Tensor, gram: Tensor) -> float:
     return float(((matrix @ gram) * matrix).sum(dtype=torch.float64))
 
 
-def _corrected(layer: _Layer, rows: SparseRows, scale: float) -> nn.Linear:
+def _corrected(layer: _Layer, start: Start, scale: float) -> nn.Linear:
     """Return a plain linear that computes what the layer computes with its adapter."""
-    sparse = rows.dense(torch.float32).to(layer.weight.device) * scale
-    dense = layer.dense(torch.float32).to(sparse.device)
-    merged = wht(dense + sparse, transpose=True) if layer.basis == "hadamard" else dense + wht(sparse, transpose=True)
+    merged = _merged(layer, start, scale)
     device = next(layer.module.buffers(), layer.weight).device
     bias = getattr(layer.module, "bias", None)
     return dense_linear(merged.to(device=device, dtype=layer.weight.dtype), bias)
+
+
+def _merged(layer: _Layer, start: Start, scale: float) -> Tensor:
+    """The weight (out, in) of base and adapter, float32 in the weight basis."""
+    if isinstance(start, LowRank):
+        return corrected_weight(layer.in_weight_basis(torch.float32), start, scale=scale)
+    sparse = start.dense(torch.float32).to(layer.weight.device) * scale
+    dense = layer.dense(torch.float32).to(sparse.device)
+    return wht(dense + sparse, transpose=True) if layer.basis == "hadamard" else dense + wht(sparse, transpose=True)
 
 
 def _give_back(model: nn.Module, borrowed: dict[str, nn.Module]) -> None:

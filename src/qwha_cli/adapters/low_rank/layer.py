@@ -93,10 +93,10 @@ class LowRankLinear(AdaptedLinear, LoraLayer):
             self._a(adapter_name).copy_(factors.a)
             self._b(adapter_name).copy_(factors.b)
 
-    def _a(self, adapter_name: str) -> nn.Parameter:
+    def _a(self, adapter_name: str) -> Tensor:
         return cast(nn.Linear, self.lora_A[adapter_name]).weight
 
-    def _b(self, adapter_name: str) -> nn.Parameter:
+    def _b(self, adapter_name: str) -> Tensor:
         return cast(nn.Linear, self.lora_B[adapter_name]).weight
 
     # ---- forward

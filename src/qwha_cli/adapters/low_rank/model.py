@@ -75,4 +75,6 @@ class LowRankModel(LoraModel):
 
 def use_our_layers(config: PeftConfig) -> None:
     """Have peft put LowRankLinear on linear layers, quantized or not."""
-    cast(LoraConfig, config)._register_custom_module({QuantizedLinear: LowRankLinear, nn.Linear: LowRankLinear})
+    ours = {QuantizedLinear: LowRankLinear, nn.Linear: LowRankLinear}
+    # peft's documented way to bring layers of one's own, whatever its name says
+    cast(LoraConfig, config)._register_custom_module(ours)  # pyright: ignore[reportPrivateUsage, reportArgumentType]
