@@ -16,6 +16,7 @@ QUANTIZERS: Mapping[str, str] = {
     "rtn": "qwha_cli.quantizers.rtn:quantize",
 }
 
+# Of a sparse adapter (adapter.method qwha): (delta, gram, budget, options) -> SparseRows, in the Hadamard domain.
 INITIALIZERS: Mapping[str, str] = {
     "adaalloc": "qwha_cli.initializers.adaalloc:initialize",
     "pursuit": "qwha_cli.initializers.pursuit:initialize",
@@ -23,7 +24,16 @@ INITIALIZERS: Mapping[str, str] = {
     "zero": "qwha_cli.initializers.zero:initialize",
 }
 
+# Of a low-rank adapter (adapter.method lora): (delta, gram, rank, options) -> LowRank, in the weight basis.
+LOW_RANK_INITIALIZERS: Mapping[str, str] = {
+    "cloq": "qwha_cli.initializers.low_rank:cloq",
+    "loftq": "qwha_cli.initializers.low_rank:loftq",
+    "qera": "qwha_cli.initializers.low_rank:qera",
+    "zero": "qwha_cli.initializers.low_rank:zero",
+}
+
 ADAPTERS: Mapping[str, str] = {
+    "lora": "qwha_cli.adapters.low_rank.model:LowRankModel",
     "qwha": "qwha_cli.adapters.spectral.model:SpectralModel",
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,10 +19,10 @@ from qwha_cli.adapters.build import (
     merged_weight,
     save_adapter,
     set_keep,
-    spectral_layers,
 )
 from qwha_cli.adapters.provenance import base_fingerprint, hadamard_digests
 from qwha_cli.adapters.spectral.config import SpectralConfig
+from qwha_cli.adapters.spectral.model import spectral_layers
 from qwha_cli.errors import ArtifactError, ModelError
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from support.adapted import dense_delta, fill, quantize_model, random_sparse
@@ -46,7 +46,7 @@ def entries() -> dict[str, SparseRows]:
 
 
 def built(model: nn.Module | None = None) -> PeftModel:
-    return add_adapter(model or base(), rank=4, scale=0.5, targets=[Q, DOWN], rows=entries())
+    return add_adapter(model or base(), rank=4, scale=0.5, targets=[Q, DOWN], start=entries())
 
 
 @pytest.mark.parametrize("basis", ["weight", "hadamard"])
@@ -235,19 +235,21 @@ def test_what_is_stored_in_bfloat16_is_what_the_reloaded_adapter_has(tmp_path: P
 
 
 def test_another_methods_adapter_is_refused(tmp_path: Path) -> None:
-    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(ArtifactError, match="method is LORA, not QWHA"):
+    get_peft_model(tiny_llama(), OFTConfig(target_modules=["q_proj"], oft_block_size=8)).save_pretrained(
+        tmp_path, save_embedding_layers=False
+    )
+    with pytest.raises(ArtifactError, match="method is OFT, not QWHA or LORA"):
         load_adapter(base(), tmp_path, trainable=False)
 
 
 def test_wrong_layers_are_refused_before_anything_is_changed() -> None:
     model = base()
     with pytest.raises(ModelError, match=r"layer model.layers.9.x: the model has no such module"):
-        add_adapter(model, rank=4, scale=1.0, targets=["model.layers.9.x"], rows={})
-    with pytest.raises(ModelError, match=f"layer {Q}: no entries"):
-        add_adapter(model, rank=4, scale=1.0, targets=[Q], rows={})
+        add_adapter(model, rank=4, scale=1.0, targets=["model.layers.9.x"], start={})
+    with pytest.raises(ModelError, match=f"layer {Q}: no start"):
+        add_adapter(model, rank=4, scale=1.0, targets=[Q], start={})
     with pytest.raises(ArtifactError, match=r"\(48, 48\) on one of \(48, 80\)"):
-        add_adapter(base(), rank=4, scale=1.0, targets=[DOWN], rows={DOWN: entries()[Q]})
+        add_adapter(base(), rank=4, scale=1.0, targets=[DOWN], start={DOWN: entries()[Q]})
     assert not spectral_layers(model)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwha_cli.adapters.spectral.base_layer import dense_linear
+from qwha_cli.adapters.base_layer import dense_linear
 from qwha_cli.adapters.spectral.config import Sizes
 from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.errors import ArtifactError, ModelError, NumericsError
@@ -302,7 +302,7 @@ def test_torch_compile_gives_the_same_output_and_gradient(make_layer: MakeLayer,
 
 
 def test_an_unsupported_layer_is_refused_by_name_of_its_type() -> None:
-    with pytest.raises(ModelError, match="Conv1d cannot take a spectral adapter"):
+    with pytest.raises(ModelError, match="Conv1d cannot take an adapter"):
         SpectralLinear(nn.Conv1d(3, 3, 1))
     packed = nn.Linear(4, 4)
     packed.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)

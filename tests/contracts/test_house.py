@@ -31,7 +31,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 
 ENTRIES = [
     (kind, name, entry)
-    for kind in ("QUANTIZERS", "INITIALIZERS", "ADAPTERS", "DATASETS", "TEXTS")
+    for kind in ("QUANTIZERS", "INITIALIZERS", "LOW_RANK_INITIALIZERS", "ADAPTERS", "DATASETS", "TEXTS")
     for name, entry in getattr(catalog, kind).items()
 ]
 

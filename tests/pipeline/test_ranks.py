@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 
-def train(output: Path, *launcher: str) -> dict[str, torch.Tensor]:
+
+def train(output: Path, *launcher: str, changes: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
     # bfloat16 would turn a last bit of float32 into one of its own here and there
-    overrides = [f"output={output}", "adapter.store=float32"]
+    overrides = [f"output={output}", "adapter.store=float32", *changes]
     command = [sys.executable, *launcher, "-m", "qwha_cli", "train", "tiny-random", *overrides]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -23,9 +25,10 @@ def train(output: Path, *launcher: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_ranks_under_torchrun_give_the_adapter_of_one_process(tmp_path: Path) -> None:
-    one = train(tmp_path / "one")
-    two = train(tmp_path / "two", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+@pytest.mark.parametrize("changes", [(), ("adapter.method=lora", "init.method=cloq")], ids=["qwha", "lora"])
+def test_two_ranks_under_torchrun_give_the_adapter_of_one_process(tmp_path: Path, changes: tuple[str, ...]) -> None:
+    one = train(tmp_path / "one", changes=changes)
+    two = train(tmp_path / "two", *LAUNCHER, changes=changes)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6)

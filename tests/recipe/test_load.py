@@ -240,3 +240,33 @@ def test_the_resolved_recipe_loads_to_an_equal_one(tmp_path: Path, changes: list
     assert again == recipe
     assert again.dump() == recipe.dump()
     assert Recipe.model_validate(recipe.dump()) == recipe
+
+
+@pytest.mark.parametrize("method", ["cloq", "qera", "loftq", "zero"])
+def test_a_lora_takes_the_starts_of_a_lora(tmp_path: Path, method: str) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD), ["adapter.method=lora", f"init.method={method}"])
+    assert (recipe.adapter.method, recipe.init.method) == ("lora", method)
+    assert load_recipe(write(tmp_path, recipe.to_yaml(), "resolved.yaml")) == recipe
+
+
+@pytest.mark.parametrize("method", ["pursuit", "adaalloc", "random"])
+def test_a_lora_with_a_start_that_chooses_places_is_refused_at_the_method(tmp_path: Path, method: str) -> None:
+    text = GOOD + f"adapter:\n  method: lora\ninit:\n  method: {method}\n"
+    found = faults(write(tmp_path, text))
+    assert len(found) == 1
+    assert found[0].startswith(f"r.yaml:14:11: init.method: a lora adapter has no start called {method}")
+    assert "set init.method=cloq, or adapter.method=qwha (lora has cloq, loftq, qera, zero)" in found[0]
+
+
+def test_a_lora_does_not_take_the_default_start_in_silence(tmp_path: Path) -> None:
+    found = faults(write(tmp_path, GOOD), "adapter.method=lora")
+    assert len(found) == 1
+    assert "init.method: a lora adapter has no start called pursuit" in found[0]
+
+
+@pytest.mark.parametrize("method", ["cloq", "qera", "loftq"])
+def test_a_sparse_adapter_with_a_start_of_low_rank_is_refused_at_the_method(tmp_path: Path, method: str) -> None:
+    found = faults(write(tmp_path, GOOD), f"init.method={method}")
+    assert len(found) == 1
+    assert f"a qwha adapter has no start called {method}" in found[0]
+    assert "set init.method=pursuit, or adapter.method=lora" in found[0]

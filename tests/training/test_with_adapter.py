@@ -17,6 +17,7 @@ from qwha_cli.data.tokenize import encode
 from qwha_cli.errors import Interrupted
 from qwha_cli.evaluation.answers import answer_perplexity, exact_match
 from qwha_cli.evaluation.harness import TaskRequest, run_tasks
+from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.quant.checkpoint import load_base, save_base
 from qwha_cli.quant.linear import QuantizedLinear
@@ -64,7 +65,18 @@ def adapted(folder: Path, *, store: Store = "bfloat16") -> PeftModel:
         if isinstance(module, QuantizedLinear):
             mask = torch.rand(module.out_features, module.in_features, generator=generator) < 0.1
             rows[name] = SparseRows.from_mask(torch.zeros(mask.shape), mask)
-    return add_adapter(base, rank=4, scale=1.0, targets=list(rows), rows=rows, store=store)
+    return add_adapter(base, rank=4, scale=1.0, targets=list(rows), start=rows, store=store)
+
+
+def adapted_low_rank(folder: Path) -> PeftModel:
+    base = load_base(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    start = {
+        name: LowRank(torch.randn(4, module.in_features, generator=generator) * 0.1, torch.zeros(module.out_features, 4))
+        for name, module in base.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    return add_adapter(base, rank=4, scale=1.0, targets=list(start), start=start)
 
 
 def fit(model: PeftModel, work: Path, *, stop_after: int | None = None, **settings: object) -> TrainResult:
@@ -120,6 +132,37 @@ def test_with_float32_files_the_reloaded_adapter_scores_the_very_same(tmp_path: 
     reloaded = load_adapter(load_base(base, dtype=torch.float32), tmp_path / "adapter", trainable=False)
     scores = [answer_perplexity(m, TOKENIZER, EXAMPLES, max_length=512, batch_size=4) for m in (model, reloaded)]
     assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("basis", ["weight", "hadamard"])
+def test_the_factors_of_a_lora_resume_bit_for_bit_and_are_worth_their_loss_after_reloading(tmp_path: Path, basis: Basis) -> None:
+    base = quantized(tmp_path / "base", basis)
+    straight = adapted_low_rank(base)
+    result = fit(straight, tmp_path / "straight")
+    assert result.last_loss < 0.6 * result.first_loss
+    assert {name.split(".")[-3] for name in values(straight)} == {"lora_A", "lora_B"}
+    assert all(tensor.dtype == torch.float32 for tensor in values(straight).values())
+
+    broken = adapted_low_rank(base)
+    with pytest.raises(Interrupted):
+        fit(broken, tmp_path / "broken", stop_after=10)
+    resumed = adapted_low_rank(base)
+    assert fit(resumed, tmp_path / "broken").resumed_from == 10
+    assert all(torch.equal(tensor, values(resumed)[name]) for name, tensor in values(straight).items())
+
+    save_adapter(straight, tmp_path / "adapter")
+    reloaded = load_adapter(load_base(base, dtype=torch.float32), tmp_path / "adapter", trainable=False)
+    scores = [answer_perplexity(model, TOKENIZER, EXAMPLES, max_length=512, batch_size=4) for model in (straight, reloaded)]
+    assert scores[0] == scores[1]
+
+
+def test_memory_and_speed_settings_train_a_lora_to_the_same_factors(tmp_path: Path) -> None:
+    base = quantized(tmp_path / "base", "hadamard")
+    plain, recomputed = adapted_low_rank(base), adapted_low_rank(base)
+    fit(plain, tmp_path / "a", steps=5)
+    fit(recomputed, tmp_path / "b", steps=5, checkpointing=True, batch_size=2, accumulation=2)
+    for name, tensor in values(plain).items():
+        torch.testing.assert_close(values(recomputed)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_memory_and_speed_settings_train_the_same_values(tmp_path: Path) -> None:

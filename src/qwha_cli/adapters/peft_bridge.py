@@ -1,4 +1,4 @@
-"""Make peft know the method "QWHA": a member of its PeftType enum, then its own registration.
+"""Make peft know the method "QWHA" and our layers under LoRA: a member of its PeftType enum, then its own registration.
 
 `register_peft_method` refuses a name that is no member of `PeftType`, and transformers calls `peft_type.value`, so a plain string
 does not do: the member has to exist. Enums offer no way to add one, so it is built by hand, as the enum machinery itself does it.
@@ -54,13 +54,18 @@ def peft_type() -> PeftType:
 
 
 def register() -> None:
-    """Register SpectralConfig and SpectralModel as peft's method "qwha". Does nothing when that was done before."""
-    # the two classes need peft_type() themselves, so they cannot be imported above
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    """Register SpectralConfig and SpectralModel as peft's method "qwha", and LowRankModel as its tuner for "lora".
+
+    Does nothing when that was done before. LowRankModel differs from peft's own tuner on models with quantized layers only.
+    """
+    # the classes need peft_type() themselves, so they cannot be imported above
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils.peft_types import register_peft_method
 
+    from qwha_cli.adapters.low_rank.model import LowRankModel
     from qwha_cli.adapters.spectral.config import SpectralConfig
     from qwha_cli.adapters.spectral.model import SpectralModel
 
     if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=METHOD, config_cls=SpectralConfig, model_cls=SpectralModel)
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = LowRankModel

@@ -27,12 +27,13 @@ def base_fingerprint(model: nn.Module) -> str | None:
     return fingerprint(model)
 
 
-def check_base(expected: str | None, model: nn.Module) -> None:
+def check_base(expected: str | None, model: nn.Module, *, where: str = "adapter_config.json") -> None:
     """Refuse a base other than the one that an adapter was made for.
 
     Args:
-        expected: The fingerprint in the adapter's config; None (a fresh adapter, or an unquantized base) accepts any.
+        expected: The fingerprint that the adapter carries; None (a fresh adapter, or an unquantized base) accepts any.
         model: The base, before the adapter is put on it.
+        where: The file that the fingerprint was read from.
 
     Raises:
         ArtifactError: The fingerprints differ; the message shows both.
@@ -43,7 +44,7 @@ def check_base(expected: str | None, model: nn.Module) -> None:
     if found != expected:
         raise ArtifactError(
             f"the adapter was made for the base with fingerprint {expected}, this one has {found or 'no quantized layers'}",
-            where="adapter_config.json base_fingerprint",
+            where=f"{where} base_fingerprint",
             remedy="load the base that it was trained on (1-quantize of the same run), or train an adapter for this one",
         )
 

@@ -144,7 +144,10 @@ def _targets(value: object) -> object:
 class AdapterSection(Section):
     """The trainable part."""
 
-    method: Annotated[Literal["qwha"], Field(description="Kind of adapter.")] = "qwha"
+    method: Annotated[
+        Literal["qwha", "lora"],
+        Field(description="`qwha`: sparse, in the Walsh-Hadamard domain; `lora`: low rank, its rival of the same size."),
+    ] = "qwha"
     rank: Annotated[Count, Field(description="Budget: each layer gets rank x (inputs + outputs) trainable values.")] = 64
     scale: Annotated[Positive, Field(description="Factor on the adapter's contribution.")] = 1.0
     store: Annotated[
@@ -163,21 +166,26 @@ class InitSection(Section):
     """Where the adapter's values stand and what they start from."""
 
     method: Annotated[
-        Literal["pursuit", "adaalloc", "zero", "random"],
+        Literal["pursuit", "adaalloc", "zero", "random", "cloq", "qera", "loftq"],
         Field(
             description="`pursuit`: places by what they gain; `adaalloc`: the paper's; `zero`: its places, values 0; "
-            "`random`: random places, fitted values."
+            "`random`: random places, fitted values. Of a `lora`: `cloq` (least error of the outputs), `qera` (the same, inputs "
+            "taken as uncorrelated), `loftq` (of the weights), `zero`."
         ),
     ] = "pursuit"
     temperature: Annotated[
-        NotNegative, Field(description="Exponent of a row's error when the budget is shared out; 0 shares it evenly.")
+        NotNegative,
+        Field(description="Exponent of a row's error when the budget is shared out; 0 shares it evenly."),
     ] = 1.0
     damping: Annotated[
         Positive | None,
-        Field(description="Added to the Gram matrix's diagonal, as a part of its mean; null: 0.1 for `pursuit`, else 1e-4."),
+        Field(
+            description="Added to the Gram matrix's diagonal, as a part of its mean; null: 0.1 for `pursuit`, 0.01 for `cloq`, "
+            "else 1e-4."
+        ),
     ] = None
-    min_per_row: Annotated[Annotated[int, Field(ge=0)], Field(description="Values that each row gets at least.")] = 2
-    precision: Annotated[Literal["float32", "float64"], Field(description="Arithmetic of the fit.")] = "float32"
+    min_per_row: Annotated[Annotated[int, Field(ge=0)], Field(description="Values that each row of a `qwha` gets at least.")] = 2
+    precision: Annotated[Literal["float32", "float64"], Field(description="Arithmetic of the fit (`lora`: float64).")] = "float32"
     gate: Annotated[
         bool, Field(description="Exit 1 when a layer's error after init is above the error without adapter. Off for `zero`.")
     ] = True

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
+from qwha_cli.catalog import INITIALIZERS, LOW_RANK_INITIALIZERS
 from qwha_cli.recipe.positions import resolve_scalar
 from qwha_cli.recipe.quantize_section import AdapterSection, InitSection, ModelSection, QuantizeSection
 from qwha_cli.recipe.section import Fault, Section, Text, shaped
@@ -44,6 +45,17 @@ class Recipe(Section):
         if self.adapter.targets != "all-linear":
             for name in sorted(set(self.adapter.exclude) & set(self.adapter.targets)):
                 yield Fault(("adapter", "exclude"), f"{name} is both a target and excluded", "remove one")
+        yield from self._start_faults()
+
+    def _start_faults(self) -> Iterator[Fault]:
+        """Yield the start that the kind of adapter cannot have."""
+        kind, method = self.adapter.method, self.init.method
+        starts, usual = (LOW_RANK_INITIALIZERS, "cloq") if kind == "lora" else (INITIALIZERS, "pursuit")
+        if method in starts:
+            return
+        other = f", or adapter.method={'qwha' if kind == 'lora' else 'lora'}"
+        hint = f"set init.method={usual}{other} ({kind} has {', '.join(sorted(starts))})"
+        yield Fault(("init", "method"), f"a {kind} adapter has no start called {method}", hint)
 
     def dump(self) -> dict[str, Any]:
         """Return every setting, defaults included, as plain JSON and YAML values that load to an equal recipe.

@@ -83,10 +83,16 @@ def summary_line(report: RunReport) -> str:
         if quantize
         else "",
         f"{quantize['basis']} basis" if quantize.get("basis") else "",
-        f"rank {adapter['rank']}" if adapter.get("rank") else "",
+        _adapter(adapter),
         _training_data(train),
     ]
     return " · ".join(part for part in parts if part)
+
+
+def _adapter(adapter: Mapping[str, object]) -> str:
+    if not adapter.get("rank"):
+        return ""
+    return f"LoRA of rank {adapter['rank']}" if adapter.get("method") == "lora" else f"rank {adapter['rank']}"
 
 
 def _training_data(train: Mapping[str, object]) -> str:
@@ -214,16 +220,22 @@ def _layers(report: RunReport) -> Safe:
             ("error_after", "After initialisation, in the same colours."),
         ):
             parts.append(_heat_map(report.initialised, key, caption, limits))
-        histogram = _picture(
-            lambda out, theme: plots.entries_histogram(report.initialised, out, theme=theme), "Histogram of entries per row"
-        )
-        parts.append(_figure(histogram, "Entries of the adapter in each layer's emptiest, median and fullest row."))
+        if _counts_rows(report.initialised):
+            histogram = _picture(
+                lambda out, theme: plots.entries_histogram(report.initialised, out, theme=theme), "Histogram of entries per row"
+            )
+            parts.append(_figure(histogram, "Entries of the adapter in each layer's emptiest, median and fullest row."))
         parts += [element("h3", "Worst layers after initialisation"), _worst(report.initialised, "error_after")]
     elif report.quantized:
         caption = "Error of each layer's output after quantization, in per cent of the output."
         parts.append(_heat_map(report.quantized, "error_ratio", caption, None))
         parts += [element("h3", "Worst layers after quantization"), _worst(report.quantized, "error_ratio")]
     return section("Layers", *parts) if parts else Safe("")
+
+
+def _counts_rows(records: Sequence[Mapping[str, object]]) -> bool:
+    """Whether the adapter has entries in rows, as a sparse one has and a LoRA has not."""
+    return any("entries_max" in record for record in records)
 
 
 def _heat_map(records: Sequence[Mapping[str, object]], key: str, caption: str, limits: tuple[float, float] | None) -> Safe:
@@ -235,14 +247,15 @@ def _heat_map(records: Sequence[Mapping[str, object]], key: str, caption: str, l
 def _worst(records: Sequence[Mapping[str, object]], key: str) -> Safe:
     worst = sorted(records, key=lambda r: -(number(r.get(key)) or 0.0))[:WORST_LAYERS]
     before = key == "error_after"
-    titles = ["Layer", *(["Before"] if before else []), "Error", *(["Entries in a row"] if before else ["SQNR, dB"]), "Time"]
+    fourth = "SQNR, dB" if not before else "Entries in a row" if _counts_rows(records) else ""
+    titles = ["Layer", *(["Before"] if before else []), "Error", *([fourth] if fourth else []), "Time"]
     rows: list[Safe] = []
     for record in worst:
         cells = [wording.percent(number(record.get("error_zero")), digits=2)] if before else []
         cells.append(wording.percent(number(record.get(key)), digits=2))
-        if before:
+        if fourth and before:
             cells.append(" – ".join(f"{record.get(f'entries_{kind}', '?')}" for kind in ("min", "median", "max")))
-        else:
+        elif fourth:
             cells.append(f"{number(record.get('sqnr_db')) or 0:.1f}")
         cells.append(wording.duration(number(record.get("seconds"))))
         rows.append(element("tr", element("th", str(record.get("name", "")), scope="row"), *(element("td", c) for c in cells)))

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qwha_cli import catalog
-from qwha_cli.adapters.build import cache_weights, load_adapter, spectral_layers
+from qwha_cli.adapters.build import adapted_layers, cache_weights, load_adapter
 from qwha_cli.artifacts.manifest import digest
 from qwha_cli.artifacts.store import write_atomically
 from qwha_cli.data.example import Example
@@ -146,7 +146,7 @@ class _Measurements:
                 model = load_adapter(model, context.inputs["init" if row == "init" else "train"], trainable=False)
         ready = cast(nn.Module, model).to(context.device).eval()
         cache_weights(ready, True)
-        inside = {id(layer.base_layer) for layer in spectral_layers(ready).values()}
+        inside = {id(layer.base_layer) for layer in adapted_layers(ready).values()}
         for module in ready.modules():
             if isinstance(module, QuantizedLinear) and id(module) not in inside:
                 module.keep_dense = True

@@ -8,36 +8,28 @@ place, because that is what the layer will see. A layer that ends worse than wit
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from qwha_cli import catalog
-from qwha_cli.adapters.build import add_adapter, as_stored, save_adapter
+from qwha_cli.adapters.build import Start, add_adapter, save_adapter
 from qwha_cli.adapters.size import size_summary
-from qwha_cli.adapters.spectral.base_layer import dense_linear
 from qwha_cli.artifacts.blocks import FinishedBlocks, Record
-from qwha_cli.errors import ArtifactError, GateError
-from qwha_cli.initializers.budget import InitOptions
-from qwha_cli.initializers.refine import residual_error
-from qwha_cli.kernels.sparse_matmul import SparseRows
-from qwha_cli.kernels.wht import wht
+from qwha_cli.errors import GateError
 from qwha_cli.models.stream import open_base
-from qwha_cli.models.targets import Target, find_targets
+from qwha_cli.models.targets import find_targets
 from qwha_cli.models.walk import Block
 from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear, replace
+from qwha_cli.report.entries import total_rows_by_entries
 from qwha_cli.report.plots import entries_histogram, layer_heatmap
 from qwha_cli.stages.context import StageContext, read_lines, write_lines
+from qwha_cli.stages.init_layer import InitLayer, start_of, start_tensors
+from qwha_cli.stages.init_low_rank import initialize_low_rank
+from qwha_cli.stages.init_sparse import initialize_sparse
 from qwha_cli.stages.quantize import by_block, calibration, finished_blocks, note_blocks, open_original, walk_through
-
-Initialize = Callable[..., SparseRows]
 
 
 def run(context: StageContext) -> dict[str, object]:
@@ -51,21 +43,22 @@ def run(context: StageContext) -> dict[str, object]:
     tokens = calibration(context, original.tokenizer)
     finished = finished_blocks(context)
     digests = {r["name"]: r["digest"] for r in read_lines(context.inputs["quantize"] / "layers.jsonl")}
-    rows: dict[str, SparseRows] = {}
+    starts: dict[str, Start] = {}
     records: list[Record] = []
     for block in walk_through(context, base, tokens):
         layers = [
-            _Layer(target, get_linear(base.model, target.name), original.weight(target.name))
+            InitLayer(target, get_linear(base.model, target.name), original.weight(target.name))
             for target in own.get(block.index, [])
         ]
         for layer in layers:
-            layer.check(digests.get(layer.target.name), context.inputs["quantize"])
+            layer.check(digests.get(layer.name), context.inputs["quantize"])
         kept = finished.records(block.index)
         if kept is None:
             kept = _initialize_block(context, block, layers, finished)
         records += kept
-        found = _rows(finished.tensors(block.index), layers)
-        rows |= found
+        tensors = finished.tensors(block.index)
+        found = {layer.name: start_of(tensors, layer) for layer in layers}
+        starts |= found
         _advance_corrected(context, base.model, block, layers, found)
         context.progress(block.index + 1, len(own), block.name)
     summary = _summary(records)
@@ -76,11 +69,11 @@ def run(context: StageContext) -> dict[str, object]:
         rank=recipe.adapter.rank,
         scale=recipe.adapter.scale,
         targets=[t.name for t in targets],
-        rows=rows,
+        start=starts,
         fingerprint=base.fingerprint,
         store=recipe.adapter.store,
     )
-    save_adapter(adapted, context.draft, base=str(context.inputs["quantize"]))
+    save_adapter(adapted, context.draft, base=str(context.inputs["quantize"]), fingerprint=base.fingerprint)
     quantized = context.manifests["quantize"].results
     summary |= size_summary(
         context.draft,
@@ -90,136 +83,43 @@ def run(context: StageContext) -> dict[str, object]:
     )
     write_lines(context.draft / "layers.jsonl", records)
     layer_heatmap(records, "error_after", context.draft / "heatmap.png", title="Layer output error after initialisation")
-    entries_histogram(records, context.draft / "entries.png")
+    if any("entries_max" in record for record in records):
+        entries_histogram(total_rows_by_entries(records), context.draft / "entries.png")
     return summary
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One target: its quantized module and its 16-bit weight (out, in)."""
-
-    target: Target
-    module: nn.Module
-    weight: Tensor
-
-    @property
-    def basis(self) -> str:
-        return self.module.basis if isinstance(self.module, QuantizedLinear) else "weight"
-
-    def check(self, digest: object, folder: Path) -> None:
-        """Refuse codes that are not those that the quantize stage wrote."""
-        if isinstance(self.module, QuantizedLinear) and self.module.packed().digest() != digest:
-            raise ArtifactError(
-                f"the codes of layer {self.target.name} are damaged: their digest is not the one in layers.jsonl",
-                where=str(folder),
-                remedy="quantize the model again with `qwha quantize RECIPE --force`",
-            )
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The base's weight (out, in) in its own basis."""
-        if isinstance(self.module, QuantizedLinear):
-            return self.module.dense(dtype)
-        return cast(nn.Linear, self.module).weight.detach().to(dtype)
-
-
-def _initialize_block(context: StageContext, block: Block, layers: list[_Layer], finished: FinishedBlocks) -> list[Record]:
-    """Initialise the layers of a block, keep their rows, and return its records."""
-    grams = block.grams([layer.target.name for layer in layers])
+def _initialize_block(context: StageContext, block: Block, layers: list[InitLayer], finished: FinishedBlocks) -> list[Record]:
+    """Initialise the layers of a block, keep their starts, and return its records."""
+    grams = block.grams([layer.name for layer in layers])
     tensors: dict[str, Tensor] = {}
     records: list[Record] = []
     for layer in layers:
-        rows, record = _initialize_layer(context, layer, grams[layer.target.name])
-        parts = {"row_starts": rows.row_starts, "columns": rows.columns, "values": rows.values}
-        tensors |= {f"{layer.target.name}.{key}": tensor for key, tensor in parts.items()}
+        start, record = _initialize_layer(context, layer, grams[layer.name])
+        tensors |= start_tensors(layer.name, start)
         records.append(record)
     finished.save(block.index, tensors, records)
     return records
 
 
-def _rows(tensors: dict[str, Tensor], layers: list[_Layer]) -> dict[str, SparseRows]:
-    """The rows that `_initialize_block` kept, by layer."""
-    return {
-        name: SparseRows(
-            tensors[f"{name}.row_starts"],
-            tensors[f"{name}.columns"],
-            tensors[f"{name}.values"],
-            (layer.weight.shape[0], layer.weight.shape[1]),
-        )
-        for layer in layers
-        for name in [layer.target.name]
-    }
+def _initialize_layer(context: StageContext, layer: InitLayer, gram: Gram) -> tuple[Start, Record]:
+    note_blocks(context, layer.shape[1])
+    if context.recipe.adapter.method == "qwha":
+        return initialize_sparse(context.recipe, layer, gram)
+    return initialize_low_rank(context.recipe, layer, gram)
 
 
 def _advance_corrected(
-    context: StageContext, model: nn.Module, block: Block, layers: list[_Layer], rows: Mapping[str, SparseRows]
+    context: StageContext, model: nn.Module, block: Block, layers: list[InitLayer], starts: Mapping[str, Start]
 ) -> None:
     """Let the next block see this one corrected, and put the packed layers back."""
+    scale = context.recipe.adapter.scale
     for layer in layers:
-        replace(model, layer.target.name, _corrected(layer, rows[layer.target.name], context))
+        corrected = layer.corrected(starts[layer.name], scale=scale, device=context.device, dtype=context.dtype)
+        replace(model, layer.name, corrected)
     if not block.last:
         block.advance()
     for layer in layers:
-        replace(model, layer.target.name, layer.module)
-
-
-def _initialize_layer(context: StageContext, layer: _Layer, gram: Gram) -> tuple[SparseRows, dict[str, object]]:
-    started = time.monotonic()
-    recipe = context.recipe
-    dtype = torch.float64 if recipe.init.precision == "float64" else torch.float32
-    out_features, in_features = layer.weight.shape
-    note_blocks(context, in_features)
-    gram_h = gram.in_hadamard_basis().matrix.to(dtype)
-    weight_h = wht(layer.weight.detach().to(device=gram.device, dtype=dtype))
-    dense = layer.dense(torch.float32).to(device=gram.device, dtype=dtype)
-    delta = weight_h - (dense if layer.basis == "hadamard" else wht(dense))
-    budget = min(recipe.adapter.rank * (in_features + out_features), in_features * out_features)
-    initialize = cast(Initialize, catalog.load(catalog.INITIALIZERS[recipe.init.method]))
-    places = initialize(delta, gram_h, budget=budget, options=_options(context))
-    energy = _energy(weight_h, gram_h)
-    error_zero = _energy(delta, gram_h) / energy
-    scale = recipe.adapter.scale
-    rows = as_stored(places.with_values(places.values / scale), recipe.adapter.store)
-    error_after = residual_error(delta, rows.with_values(rows.values * scale), gram_h) / energy
-    counts = places.counts()
-    record: dict[str, object] = {
-        "name": layer.target.name,
-        "block": layer.target.block,
-        "projection": layer.target.projection,
-        "shape": [out_features, in_features],
-        "entries": int(places.values.numel()),
-        "entries_min": int(counts.min()),
-        "entries_median": int(counts.median()),
-        "entries_max": int(counts.max()),
-        "error_zero": error_zero,
-        "error_after": error_after,
-        "seconds": round(time.monotonic() - started, 4),
-    }
-    return rows, record
-
-
-def _options(context: StageContext) -> InitOptions:
-    init = context.recipe.init
-    return InitOptions(
-        temperature=init.temperature,
-        damping=init.damping,
-        min_per_row=init.min_per_row,
-        seed=context.recipe.seed,
-        dtype=init.precision,
-    )
-
-
-def _energy(matrix: Tensor, gram: Tensor) -> float:
-    """tr(M G Mᵀ), the squared output norm of a matrix (out, in) over the calibration inputs."""
-    return float(((matrix @ gram) * matrix).sum(dtype=torch.float64))
-
-
-def _corrected(layer: _Layer, rows: SparseRows, context: StageContext) -> nn.Linear:
-    """Return a plain linear that computes what the layer computes with its adapter."""
-    sparse = rows.to(context.device).dense(torch.float32) * context.recipe.adapter.scale
-    dense = layer.dense(torch.float32).to(context.device)
-    merged = wht(dense + sparse, transpose=True) if layer.basis == "hadamard" else dense + wht(sparse, transpose=True)
-    bias = getattr(layer.module, "bias", None)
-    return dense_linear(merged.to(context.dtype), bias)
+        replace(model, layer.name, layer.module)
 
 
 def _check_gate(context: StageContext, records: list[dict[str, object]]) -> None:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qwha_cli.adapters.build import load_adapter, spectral_layers
+from qwha_cli.adapters.build import load_adapter
 from qwha_cli.errors import GateError
 from qwha_cli.models.load import load_tokenizer
 from qwha_cli.quant.checkpoint import load_base
@@ -76,8 +76,6 @@ def merge_model(adapted: PeftModel, *, dtype: torch.dtype) -> PreTrainedModel:
         adapted: A peft model over a quantized base, on the CPU. It is taken apart.
         dtype: Number format of all floating-point weights of the result.
     """
-    for layer in spectral_layers(adapted).values():
-        layer.merge_dtype = dtype
     model = cast(PreTrainedModel, adapted.merge_and_unload())
     cast(nn.Module, model).to(dtype)
     model.config.dtype = dtype

@@ -3,38 +3,33 @@
     y = x W'ᵀ + b,    W' = Q̂ + α F Hᵀ  (nn.Linear, or codes in the weight basis)  or  (Q̂ + α F) Hᵀ  (codes in the Hadamard basis)
 
 On the layer lie, by adapter name, `qwha_values` float32 (nnz,) — the only trainable tensors — and their places as the stream of
-bytes `qwha_gaps` uint8, see kernels/gaps.py. peft writes whatever hangs on a tuner layer beside `base_layer` into the adapter's
-file, so everything derived (flat index, evaluation weight) is kept outside the module tree, see derived.py. Parameters are looked
-up at every call: peft re-creates them.
+bytes `qwha_gaps` uint8, see kernels/gaps.py. Parameters are looked up at every call: peft re-creates them.
 
 This file does not decide which layers get an adapter (model.py) nor how many entries where (places.py, initializers).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from qwha_cli.adapters.spectral.base_layer import base_weight, basis_of, checked_base, dense_linear, device_of
+from qwha_cli.adapters.adapted_linear import AdaptedLinear
+from qwha_cli.adapters.base_layer import device_of
+from qwha_cli.adapters.derived import DerivedTensors
 from qwha_cli.adapters.spectral.config import Sizes
-from qwha_cli.adapters.spectral.derived import DerivedTensors
-from qwha_cli.errors import ArtifactError, KernelError, NumericsError
-from qwha_cli.kernels.effective_weight import Basis, Transform, effective_weight
+from qwha_cli.errors import ArtifactError, KernelError
+from qwha_cli.kernels.effective_weight import Transform, effective_weight
 from qwha_cli.kernels.gaps import UNFILLED, decode_gaps, encode_gaps
 from qwha_cli.kernels.sparse_matmul import SparseRows
-from qwha_cli.kernels.spectral_linear import Keep, spectral_linear
+from qwha_cli.kernels.spectral_linear import spectral_linear
 from qwha_cli.kernels.wht import wht
-from qwha_cli.quant.linear import QuantizedLinear
 
 
-class SpectralLinear(nn.Module, BaseTunerLayer):
+class SpectralLinear(AdaptedLinear):
     """A frozen nn.Linear or QuantizedLinear plus any number of named sparse adapters, of which the active ones add up.
 
     Args:
@@ -48,30 +43,19 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     other_param_names = ("qwha_gaps", "qwha_scale", "qwha_transform")
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = checked_base(base_layer)
-        self.in_features: int = self.base_layer.in_features
-        self.out_features: int = self.base_layer.out_features
+        super().__init__(base_layer)
         self.qwha_values = nn.ParameterDict()
         # persistent is not the default, and without it the places would silently be missing in the file
         self.qwha_gaps = BufferDict(persistent=True)
         self.qwha_scale: dict[str, float] = {}
         self.qwha_transform: dict[str, Transform] = {}
-        self.keep: Keep = "memory"
-        self.merge_dtype = torch.float32
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._caching = False
         self._index = DerivedTensors()
-        self._weights = DerivedTensors()
-        self._codes: list[QuantizedLinear] = []
 
     # ---- adapters on the layer
 
-    @property
-    def basis(self) -> Basis:
-        """The basis that the base's stored weight is in."""
-        return basis_of(self.base_layer)
+    def holds(self, adapter_name: str) -> bool:
+        """Whether the layer has an adapter of that name."""
+        return adapter_name in self.qwha_values
 
     def update_layer(
         self, adapter_name: str, *, start: SparseRows | Sizes, scale: float, transform: Transform, inference_mode: bool = False
@@ -196,26 +180,15 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         index = self._flat_index(names)
         return effective_weight(self._base_weight(dtype), values, index, basis=self.basis, scale=scale, transform=transform)
 
-    def _in_use(self) -> tuple[str, ...]:
-        if self.disable_adapters or self.merged:
-            return ()
-        return tuple(name for name in self.active_adapters if name in self.qwha_values)
-
     def _values(self, names: tuple[str, ...]) -> tuple[Tensor, float]:
         if len(names) == 1:
             return self.qwha_values[names[0]], self.qwha_scale[names[0]]
         return torch.cat([self.qwha_values[name] * self.qwha_scale[name] for name in names]), 1.0
 
-    def _base_weight(self, dtype: torch.dtype) -> Tensor:
-        return base_weight(self.base_layer, dtype)
-
     def _flat_index(self, names: tuple[str, ...]) -> Tensor:
         """Positions row · in + column of all entries, one adapter after the other."""
         sources = [cast(Tensor, self.qwha_gaps[name]) for name in names]
         return self._index.get(names, sources, lambda: torch.cat([self._places(name) for name in names]))
-
-    def _delta(self, names: Sequence[str]) -> Tensor:
-        return reduce(torch.add, [self.get_delta_weight(name) for name in names])
 
     # ---- merging
 
@@ -233,10 +206,6 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         sparse = flat.index_add(0, self._flat_index((adapter,)), values.float() * self.qwha_scale[adapter])
         sparse = sparse.view(self.out_features, self.in_features)
         return wht(sparse, transpose=True) if self.qwha_transform[adapter] == "wht" else sparse
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the adapter only adds to the weight, so peft's conversion to LoRA applies."""
-        return True
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype, *, adapter_names: list[str] | None = None) -> Tensor:
@@ -260,72 +229,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             names = tuple(name for name in names if name not in spectral)
         return (weight + self._delta(names) if names else weight).to(dtype, copy=True)
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters into the base's weight; the layer computes the same without them afterwards.
-
-        An nn.Linear is changed in place, in its own dtype. Codes cannot hold the sum: a QuantizedLinear makes way for an
-        nn.Linear of `merge_dtype` that holds its dequantized weight and bias, and comes back with `unmerge`.
-
-        Args:
-            safe_merge: Refuse a result that is not finite.
-            adapter_names: Which adapters; by default the active ones.
-
-        Raises:
-            NumericsError: `safe_merge` is set and the merged weight is not finite.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.qwha_values]
-        if not names:
-            return
-        base = self.base_layer
-        dtype = self.merge_dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
-        weight = self.merged_weight(dtype, adapter_names=names)
-        if safe_merge and not torch.isfinite(weight).all():
-            raise NumericsError(f"the merged weight of adapter {', '.join(names)} has values that are not finite")
-        if isinstance(base, QuantizedLinear):
-            self._codes = [base]
-            self.base_layer = dense_linear(weight, base.bias)
-        else:
-            base.weight.data = weight
-        self.merged_adapters.extend(names)
-        self._forget()
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take merged adapters out again: exact for a quantized base, to rounding for an nn.Linear."""
-        if not self.merged:
-            return
-        if self._codes:
-            self.base_layer = self._codes.pop().to(device_of(self.base_layer))
-        else:
-            weight = cast(Tensor, self.base_layer.weight)
-            weight.data = (weight.float() - self._delta(self.merged_adapters)).to(weight.dtype)
-        self.merged_adapters.clear()
-        self._forget()
-
     # ---- housekeeping
-
-    def cache_weights(self, on: bool) -> None:
-        """Keep the dense sum of base and adapters between forward passes in eval mode, one copy a dtype.
-
-        Costs the memory of the dense weight and makes generation fast. Dropped on train(), on a device move, on load, and
-        whenever values change; never used while gradients to the values are wanted, never saved.
-
-        Args:
-            on: Switch on or off; off frees the memory.
-        """
-        self._caching = on
-        self._weights.clear()
-
-    def train(self, mode: bool = True) -> SpectralLinear:
-        """As nn.Module.train; training drops the evaluation weight."""
-        if mode:
-            self._weights.clear()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralLinear:
-        self._forget()
-        return super()._apply(fn, recurse)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Like peft's, but without its cast to the base's dtype: on a bfloat16 base that would round float32 values on reload."""
@@ -340,7 +244,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     def _forget(self) -> None:
         self._index.clear()
-        self._weights.clear()
+        super()._forget()
 
     def extra_repr(self) -> str:
         """Shape and entries of every adapter."""

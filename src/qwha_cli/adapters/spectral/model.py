@@ -11,23 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from qwha_cli.adapters.adapted_linear import adapted_layers
 from qwha_cli.adapters.provenance import base_fingerprint, check_base, check_transform, hadamard_digests
-from qwha_cli.adapters.spectral.base_layer import dense_linear
 from qwha_cli.adapters.spectral.config import Sizes, SpectralConfig, store_dtype
 from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.adapters.spectral.places import budget, random_rows
+from qwha_cli.adapters.tuning import check_names, dequantize, frozen_buffers, hand_on_dtype
 from qwha_cli.errors import ModelError
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.quant.linear import QuantizedLinear
 
 ALL_LINEAR = "all-linear"
 _VALUES = ".qwha_values."
-_PEFT_PREFIX = "base_model.model."  # what PeftModel puts in front of the base's module names
 
 
 class SpectralModel(BaseTuner):
@@ -98,14 +97,9 @@ class SpectralModel(BaseTuner):
             ModelError: A name is no layer of this adapter.
             ArtifactError: A shape is not the layer's.
         """
+        check_names(self.model, adapter_name, rows)
         layers = spectral_layers(self.model)
         for name, layer_rows in rows.items():
-            if name not in layers or adapter_name not in layers[name].qwha_values:
-                raise ModelError(
-                    f"adapter {adapter_name} has no such layer",
-                    where=f"layer {name}",
-                    remedy="use full module names of the base model, such as model.layers.0.self_attn.q_proj",
-                )
             layers[name].set_rows(adapter_name, layer_rows)
         _note_sizes(cast(SpectralConfig, self.peft_config[adapter_name]), layers, adapter_name)
 
@@ -131,25 +125,14 @@ class SpectralModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Tensors that DistributedDataParallel must leave alone.
-
-        Places and codes never change and are equal on all ranks, so broadcasting them is waste.
-        """
-        names = [
-            f"{prefix}.{name}" if prefix else name
-            for prefix, module in self.named_modules()
-            if isinstance(module, SpectralLinear | QuantizedLinear)
-            for name, _ in module.named_buffers()
-            if not name.startswith("base_layer.")
-        ]
-        # DDP wraps the PeftModel around this tuner, or the tuner itself
-        return names + [f"base_model.{name}" for name in names]
+        """Tensors that DistributedDataParallel must leave alone."""
+        return frozen_buffers(self)
 
     # ---- merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in peft. A quantized layer makes way for a dense one in the model's dtype until `unmerge_adapter`."""
-        self._hand_on_dtype()
+        hand_on_dtype(self.model)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -159,29 +142,20 @@ class SpectralModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:  # noqa: ANN401 - peft declares None but returns the model
-        self._hand_on_dtype()
+        hand_on_dtype(self.model)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
-            _dequantize(self.model, model_dtype(self.model))
+            dequantize(self.model)
         return self.model
-
-    def _hand_on_dtype(self) -> None:
-        dtype = model_dtype(self.model)
-        for layer in spectral_layers(self.model).values():
-            layer.merge_dtype = dtype
 
 
 def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
-    """All adapted layers by the full module name that they have in the base model.
+    """All layers with a spectral adapter by the full module name that they have in the base model.
 
     Args:
         model: A PeftModel, the tuner in it, or a transformers model with injected adapters.
     """
-    return {
-        name.removeprefix("_orig_mod.").removeprefix(_PEFT_PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, SpectralLinear)
-    }
+    return {name: layer for name, layer in adapted_layers(model).items() if isinstance(layer, SpectralLinear)}
 
 
 def all_linear(model: nn.Module) -> set[str]:
@@ -201,14 +175,6 @@ def all_linear(model: nn.Module) -> set[str]:
     return names
 
 
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's first floating-point parameter outside of adapters; float32 if it has none."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and ".qwha_" not in name:
-            return parameter.dtype
-    return torch.float32
-
-
 def _start(layer: SpectralLinear, config: SpectralConfig, name: str) -> SparseRows | Sizes:
     shape = (layer.out_features, layer.in_features)
     return config.sizes_of(name) or random_rows(shape, entries=budget(shape, config.rank), seed=config.seed, name=name)
@@ -220,18 +186,3 @@ def _note_sizes(config: SpectralConfig, layers: Mapping[str, SpectralLinear], ad
     config.gap_bytes = {name: cast(Tensor, layer.qwha_gaps[adapter_name]).numel() for name, layer in own.items()}
     if config.transform == "wht":
         config.hadamard_digest = hadamard_digests(layer.in_features for layer in own.values())
-
-
-def _dequantize(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace what is still quantized after a merge, layers without an adapter, and remove every sign of a quantized model."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, QuantizedLinear):
-                setattr(parent, name, dense_linear(child.weight_in_weight_basis(dtype).detach(), child.bias))
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # what transformers sets on a model that it loaded quantized; left alone, save_pretrained would consult them
-    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if name in model.__dict__:
-            delattr(model, name)

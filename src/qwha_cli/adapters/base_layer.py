@@ -13,7 +13,7 @@ BaseLayer = nn.Linear | QuantizedLinear
 
 
 def checked_base(module: nn.Module) -> BaseLayer:
-    """The module itself if a spectral adapter can be put on it.
+    """The module itself if an adapter can be put on it.
 
     Raises:
         ModelError: It is neither a QuantizedLinear nor an nn.Linear with a floating-point weight. Other packages' quantized
@@ -22,7 +22,7 @@ def checked_base(module: nn.Module) -> BaseLayer:
     if isinstance(module, QuantizedLinear) or (isinstance(module, nn.Linear) and module.weight.is_floating_point()):
         return module
     raise ModelError(
-        f"a {type(module).__name__} cannot take a spectral adapter, only nn.Linear and QuantizedLinear can",
+        f"a {type(module).__name__} cannot take an adapter, only nn.Linear and QuantizedLinear can",
         remedy="leave the layer out with adapter.exclude (exclude_modules in peft)",
     )
 

@@ -1,0 +1,82 @@
+"""What both tuners do to a whole model: hand computed starts to its layers, leave frozen tensors out of DDP, end quantization.
+
+A tuner is what peft calls when an adapter is added, saved or merged; there is one for each kind of adapter (spectral/model.py,
+low_rank/model.py), each derived from a class of peft, so that what they share is functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from qwha_cli.adapters.adapted_linear import AdaptedLinear, adapted_layers
+from qwha_cli.adapters.base_layer import dense_linear
+from qwha_cli.errors import ModelError
+from qwha_cli.quant.linear import QuantizedLinear
+
+_ADAPTER_PREFIXES = (".qwha_", ".lora_")
+
+
+def check_names(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
+    """Refuse a name that is no layer of an adapter.
+
+    Raises:
+        ModelError: It is not, and the message names it.
+    """
+    layers = adapted_layers(model)
+    for name in names:
+        if name not in layers or not layers[name].holds(adapter_name):
+            raise ModelError(
+                f"adapter {adapter_name} has no such layer",
+                where=f"layer {name}",
+                remedy="use full module names of the base model, such as model.layers.0.self_attn.q_proj",
+            )
+
+
+def frozen_buffers(tuner: nn.Module) -> list[str]:
+    """Tensors that DistributedDataParallel must leave alone, by every name that it may see them under.
+
+    Places and codes never change, so broadcasting them is waste, and neither gloo nor NCCL can broadcast all: they know no int16.
+    """
+    names = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in tuner.named_modules()
+        if isinstance(module, AdaptedLinear | QuantizedLinear)
+        for name, _ in module.named_buffers()
+        if not name.startswith("base_layer.")
+    ]
+    # DDP wraps the PeftModel around the tuner, or the tuner itself
+    return names + [f"base_model.{name}" for name in names]
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating-point parameter outside of adapters; float32 if it has none."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(prefix in name for prefix in _ADAPTER_PREFIXES):
+            return parameter.dtype
+    return torch.float32
+
+
+def hand_on_dtype(model: nn.Module) -> None:
+    """Tell every adapted layer the model's dtype: that of the dense weight that a quantized layer is merged into."""
+    dtype = model_dtype(model)
+    for layer in adapted_layers(model).values():
+        layer.merge_dtype = dtype
+
+
+def dequantize(model: nn.Module) -> None:
+    """Replace what is still quantized after a merge, layers without an adapter, and remove every sign of a quantized model."""
+    dtype = model_dtype(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, QuantizedLinear):
+                setattr(parent, name, dense_linear(child.weight_in_weight_basis(dtype).detach(), child.bias))
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # what transformers sets on a model that it loaded quantized; left alone, save_pretrained would consult them
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in model.__dict__:
+            delattr(model, name)

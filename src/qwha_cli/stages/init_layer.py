@@ -1,0 +1,103 @@
+"""One layer as the init stage sees it: the 16-bit weight, the base's module, and the start that is computed for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qwha_cli.adapters.base_layer import dense_linear
+from qwha_cli.adapters.build import Start
+from qwha_cli.errors import ArtifactError
+from qwha_cli.kernels.low_rank import LowRank
+from qwha_cli.kernels.sparse_matmul import SparseRows
+from qwha_cli.kernels.wht import wht
+from qwha_cli.models.targets import Target
+from qwha_cli.quant.linear import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class InitLayer:
+    """One target of the init stage.
+
+    Attributes:
+        target: The layer's name and place.
+        module: The base's module, quantized or not.
+        weight: (out, in) of the 16-bit model, in the weight basis.
+    """
+
+    target: Target
+    module: nn.Module
+    weight: Tensor
+
+    @property
+    def name(self) -> str:
+        """The module's full name."""
+        return self.target.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def basis(self) -> str:
+        """Where the base's codes are."""
+        return self.module.basis if isinstance(self.module, QuantizedLinear) else "weight"
+
+    def check(self, digest: object, folder: Path) -> None:
+        """Refuse codes that are not those that the quantize stage wrote.
+
+        Raises:
+            ArtifactError: They are not.
+        """
+        if isinstance(self.module, QuantizedLinear) and self.module.packed().digest() != digest:
+            raise ArtifactError(
+                f"the codes of layer {self.name} are damaged: their digest is not the one in layers.jsonl",
+                where=str(folder),
+                remedy="quantize the model again with `qwha quantize RECIPE --force`",
+            )
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The base's weight (out, in) in its own basis."""
+        if isinstance(self.module, QuantizedLinear):
+            return self.module.dense(dtype)
+        return cast(nn.Linear, self.module).weight.detach().to(dtype)
+
+    def in_weight_basis(self, dtype: torch.dtype) -> Tensor:
+        """The base's weight (out, in) in the weight basis."""
+        return wht(self.dense(dtype), transpose=True) if self.basis == "hadamard" else self.dense(dtype)
+
+    def corrected(self, start: Start, *, scale: float, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+        """A plain linear layer that computes what the layer computes with its adapter."""
+        dense = self.dense(torch.float32).to(device)
+        start = start.to(device)
+        if self.basis == "hadamard":
+            dense = (
+                wht(dense + scale * start.dense(torch.float32), transpose=True)
+                if isinstance(start, SparseRows)
+                else wht(dense, transpose=True)
+            )
+        elif isinstance(start, SparseRows):
+            dense = dense + wht(scale * start.dense(torch.float32), transpose=True)
+        if isinstance(start, LowRank):
+            dense = dense + scale * start.dense(torch.float32)
+        return dense_linear(dense.to(dtype), getattr(self.module, "bias", None))
+
+
+def start_tensors(name: str, start: Start) -> dict[str, Tensor]:
+    """A start as tensors that can be kept in a file, by `name.part`."""
+    if isinstance(start, LowRank):
+        return {f"{name}.a": start.a, f"{name}.b": start.b}
+    return {f"{name}.row_starts": start.row_starts, f"{name}.columns": start.columns, f"{name}.values": start.values}
+
+
+def start_of(tensors: dict[str, Tensor], layer: InitLayer) -> Start:
+    """The start of a layer among the tensors of `start_tensors`."""
+    name = layer.name
+    if f"{name}.a" in tensors:
+        return LowRank(tensors[f"{name}.a"], tensors[f"{name}.b"])
+    return SparseRows(tensors[f"{name}.row_starts"], tensors[f"{name}.columns"], tensors[f"{name}.values"], layer.shape)

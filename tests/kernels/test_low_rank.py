@@ -1,0 +1,78 @@
+"""The low-rank value, and the frozen linear layer: a dense reference's numbers and gradients, and what is kept for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwha_cli.errors import KernelError
+from qwha_cli.kernels.hadamard import dense
+from qwha_cli.kernels.low_rank import LowRank, frozen_linear
+
+BASES = ["weight", "hadamard"]
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_value_is_the_product_of_its_factors_and_counts_both() -> None:
+    value = LowRank(numbers(3, 48), numbers(80, 3, seed=1))
+    assert (value.rank, value.shape, value.num_values) == (3, (80, 48), 3 * 128)
+    assert torch.equal(value.dense(), value.b @ value.a)
+    torch.testing.assert_close(value.divided(0.4).dense() * 0.4, value.dense(), rtol=1e-12, atol=1e-12)
+    assert value.to("cpu", torch.float32).dense().dtype == torch.float32
+
+
+def test_factors_without_a_common_rank_are_refused() -> None:
+    with pytest.raises(KernelError, match=r"\(80, 4\) and \(3, 48\) have no common rank"):
+        LowRank(numbers(3, 48), numbers(80, 4))
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("keep", ["memory", "speed"])
+@pytest.mark.parametrize("shape", [(48,), (2, 5, 48)])
+def test_output_and_gradients_are_those_of_the_dense_layer(basis: str, keep: str, shape: tuple[int, ...]) -> None:
+    weight, bias = numbers(80, 48), numbers(80, seed=1).requires_grad_()
+    x = numbers(*shape, seed=2).requires_grad_()
+    y = frozen_linear(x, base=weight.to, basis=basis, bias=bias, keep=keep)
+    reached = weight @ dense(48).T if basis == "hadamard" else weight
+    other_x, other_bias = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
+    expected = other_x @ reached.T + other_bias
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    upstream = numbers(*y.shape, seed=3)
+    y.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(x.grad, other_x.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(bias.grad, other_bias.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("keep", "saved", "calls"), [("memory", 0, 2), ("speed", 80 * 48, 1)])
+def test_memory_keeps_nothing_of_the_weight_and_builds_it_again_speed_keeps_it(keep: str, saved: int, calls: int) -> None:
+    made: list[torch.dtype] = []
+    kept: list[int] = []
+
+    def base(dtype: torch.dtype) -> Tensor:
+        made.append(dtype)
+        return numbers(80, 48, dtype=dtype)
+
+    x = numbers(4, 48, dtype=torch.float32).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        y = frozen_linear(x, base=base, basis="weight", bias=None, keep=keep)
+    y.sum().backward()
+    assert sum(kept) == saved
+    assert made == [torch.float32] * calls
+
+
+def test_without_a_gradient_to_give_the_backward_pass_builds_no_weight() -> None:
+    calls: list[torch.dtype] = []
+
+    def base(dtype: torch.dtype) -> Tensor:
+        calls.append(dtype)
+        return numbers(80, 48, dtype=dtype)
+
+    bias = numbers(80).requires_grad_()
+    frozen_linear(numbers(4, 48), base=base, basis="hadamard", bias=bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((80,), 4.0, dtype=torch.float64))
+    assert len(calls) == 1
