@@ -30,6 +30,7 @@ from qwha_cli.quant.checkpoint import load_base
 from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear, replace
+from qwha_cli.report.entries import rows_by_entries, total_rows_by_entries
 from qwha_cli.report.plots import entries_histogram, layer_heatmap
 from qwha_cli.stages.context import StageContext, write_lines
 from qwha_cli.stages.quantize import calibration, load_original, note_blocks
@@ -76,7 +77,7 @@ def run(context: StageContext) -> dict[str, object]:
     save_adapter(adapted, context.draft, base=str(context.inputs["quantize"]))
     write_lines(context.draft / "layers.jsonl", records)
     layer_heatmap(records, "error_after", context.draft / "heatmap.png", title="Layer output error after initialisation")
-    entries_histogram(records, context.draft / "entries.png")
+    entries_histogram(total_rows_by_entries(records), context.draft / "entries.png")
     return summary
 
 
@@ -125,6 +126,7 @@ def _initialize_layer(context: StageContext, layer: _Layer, gram: Gram) -> tuple
         "entries_min": int(counts.min()),
         "entries_median": int(counts.median()),
         "entries_max": int(counts.max()),
+        "entries_histogram": rows_by_entries(counts.tolist()).to_json(),
         "error_zero": error_zero,
         "error_after": error_after,
         "seconds": round(time.monotonic() - started, 4),
