@@ -118,7 +118,7 @@ def test_json_carries_totals_verdict_worst_layers_heat_map_and_histogram() -> No
     assert told["method"] == "pursuit"
     assert told["layers"] == 28
     assert told["layer_error_mean"] == value.mean
-    assert told["compare_mean"] == {"cloq": {"layer_error_mean": pytest.approx(0.02), "own_mean": value.mean, "layers": 28}}
+    assert told["compare"] == {"cloq": {"layer_error_mean": pytest.approx(0.02), "own_mean": value.mean, "layers": 28}}
     assert told["verdict"] == {"level": value.verdict().level, "sentence": value.verdict().sentence}
     errors = [layer["error_after"] for layer in told["worst_layers"]]
     assert len(errors) == 10

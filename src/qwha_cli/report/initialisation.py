@@ -131,9 +131,7 @@ class Initialisation:
             "layer_error_zero_mean": self.zero_mean,
             "layer_error_mean": self.mean,
             "error_recovered": self.recovered,
-            "compare_mean": {
-                r.name: {"layer_error_mean": r.mean, "own_mean": r.own_mean, "layers": r.layers} for r in self.rivals
-            },
+            "compare": {r.name: {"layer_error_mean": r.mean, "own_mean": r.own_mean, "layers": r.layers} for r in self.rivals},
             "verdict": {"level": said.level, "sentence": said.sentence},
             "worst_layers": [dict(record) for record in worst_layers(self.records, "error_after", count=WORST)],
             "heat_map": {"projections": list(grid.projections), "error_after": [list(row) for row in grid.values]},
