@@ -16,11 +16,13 @@ import pytest
 class FakeOptions:
     force: tuple[str, ...] = ()
     deep_verify: bool = False
+    resume: bool = True
 
 
 @dataclass(frozen=True)
 class FakeStage:
     fresh: bool = False
+    path: Path = Path()
 
 
 @dataclass
@@ -47,6 +49,7 @@ class FakeRunner:
     tell: Callable[[Any], None] | None = None
     fresh: bool = False
     table: list[dict[str, object]] = field(default_factory=list)
+    init: Path | None = None
 
     def run_stages(
         self, recipe: Any, *, until: str | None, events: Any, root: Path | None = None, options: Any = None
@@ -56,7 +59,8 @@ class FakeRunner:
             self.tell(events)
         if self.error is not None:
             raise self.error
-        return FakeResult(Path(recipe.output) / recipe.name, {"quantize": FakeStage(self.fresh)}, self.table)
+        stages = {"quantize": FakeStage(self.fresh)} | ({"init": FakeStage(self.fresh, self.init)} if self.init else {})
+        return FakeResult(Path(recipe.output) / recipe.name, stages, self.table)
 
     def write_report(self, run: Path) -> Any:
         self.reports.append(run)

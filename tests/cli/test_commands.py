@@ -54,6 +54,39 @@ def test_json_is_one_object_on_stdout(runner: Any) -> None:
     assert "25.0" in done.stderr
 
 
+@pytest.fixture
+def initialised(runner: Any, tmp_path: Path) -> Any:
+    """A runner whose init stage has left two layers."""
+    runner.init = tmp_path / "2-init"
+    runner.init.mkdir()
+    records = [
+        {"name": f"l.{i}.up", "block": i, "projection": "up", "error_zero": 0.02, "error_after": 0.01, "compare": {"cloq": 0.015}}
+        for i in range(2)
+    ]
+    (runner.init / "layers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return runner
+
+
+def test_json_carries_what_an_initialisation_won(initialised: Any) -> None:
+    told = json.loads(qwha("init", "tiny-random", "--json").stdout)
+    assert set(told) == {"run", "stages", "table", "initialisation"}
+    won = told["initialisation"]
+    assert (won["method"], won["layers"], won["error_recovered"]) == ("pursuit", 2, 0.5)
+    assert won["compare"]["cloq"]["layer_error_mean"] == 0.015
+    assert won["verdict"]["level"] == "good"
+
+
+def test_a_fresh_init_is_told_again_when_it_was_asked_for(initialised: Any) -> None:
+    total = "mean layer error 0.0200 (zero) → 0.0100 (pursuit), 50 % recovered; CLoQ at the same bytes 0.0150"
+    assert total not in qwha("init", "tiny-random").stderr  # made now: its own events have told it
+    initialised.fresh = True
+    done = qwha("init", "tiny-random")
+    assert done.stdout == ""
+    assert total in done.stderr
+    assert "verdict  a good start." in done.stderr
+    assert total not in qwha("train", "tiny-random").stderr
+
+
 def test_only_run_writes_the_report_and_only_when_something_is_new(runner: Any) -> None:
     assert qwha("train", "tiny-random").exit_code == 0
     assert runner.reports == []

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from qwha_cli.cli.console import ConsoleEvents, duration, headline, wants_live, watching
 from qwha_cli.cli.output import finite
-from qwha_cli.cli.tables import results_table, worst_layers_table
+from qwha_cli.cli.tables import results_table, worst_initialised_table, worst_quantized_table
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,47 @@ def test_the_table_without_tasks_fits_a_terminal_of_80_columns() -> None:
     assert max(len(line.rstrip()) for line in drawn(results_table(rows, bits=2)).splitlines()) <= 80
 
 
-def test_the_worst_layers_come_first() -> None:
-    layers = [
-        {"name": f"layer{i}", "error_zero": 0.5, "error_after": i / 100, "entries": 1000 * i, "seconds": 0.5} for i in range(9)
-    ]
-    text = drawn(worst_layers_table(layers, count=2))
+def test_the_worst_quantized_layers_come_first() -> None:
+    layers = [{"name": f"layer{i}", "error_ratio": i / 100, "sqnr_db": 9.0, "seconds": 0.5} for i in range(9)]
+    text = drawn(worst_quantized_table(layers, count=2))
     assert "worst 2 of 9 layers" in text
     assert text.index("layer8") < text.index("layer7")
     assert "layer6" not in text
-    assert "8,000" in text
-    assert "sqnr" in drawn(worst_layers_table([{"name": "a", "error_ratio": 1.0, "sqnr_db": 9.0}], stage="quantize"))
+    assert "sqnr" in text
+
+
+def test_the_ten_worst_initialised_layers_come_first_with_what_they_won() -> None:
+    layers = [
+        {"name": f"model.layers.{i}.up", "error_zero": 0.5, "error_after": i / 100, "entries": 1000 * i, "seconds": 0.5}
+        | {"entries_min": 2, "entries_median": 30, "entries_max": 4000}
+        for i in range(12)
+    ]
+    text = drawn(worst_initialised_table(layers))
+    assert "worst 10 of 12 layers, names after model.layers." in text
+    rows = [line.split() for line in text.splitlines() if ".up" in line]
+    assert [row[0] for row in rows] == [f"{i}.up" for i in range(11, 1, -1)]
+    assert rows[0] == ["11.up", "0.5000", "→", "0.1100", "78", "%", "11,000", "2/30/4000", "0.5"]
+
+
+def test_a_layer_without_numbers_has_dashes() -> None:
+    line = next(line for line in drawn(worst_initialised_table([{"name": "a"}])).splitlines() if line.lstrip().startswith("a "))
+    assert line.split() == ["a", "–", "→", "–", "–", "–", "–/–/–", "–"]
+
+
+def test_init_ends_with_its_totals_and_verdict_and_quantize_does_not() -> None:
+    file = io.StringIO()
+    events = ConsoleEvents(Console(file=file, width=150, highlight=False), live=False, initializer="pursuit")
+    events.layers("quantize", [{"name": "a", "error_ratio": 0.1}])
+    events.stage_finished("quantize", 1.0, {})
+    events.layers("init", [{"name": "a", "block": 0, "projection": "up", "error_zero": 0.017, "error_after": 0.0118}])
+    events.stage_finished("init", 8.0, {"entries": 1200, "layer_error_max": 0.0118, "layer_error_mean": 0.0118})
+    lines = file.getvalue().splitlines()
+    assert lines[-3:] == [
+        "init     done     8.0 s  entries 1,200  layer error max 0.0118",
+        "init     total    mean layer error 0.0170 (zero) → 0.0118 (pursuit), 31 % recovered",
+        "init     verdict  a good start. Predicted from the mean layer error 0.0118 (up to 0.0200 is small); evaluation decides.",
+    ]
+    assert sum("total" in line for line in lines) == 1
 
 
 def test_a_headline_takes_known_results_first_and_any_otherwise() -> None:

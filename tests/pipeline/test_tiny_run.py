@@ -92,6 +92,9 @@ def test_init_lowers_the_error_of_every_layer_with_exactly_the_budget(finished: 
         assert record["error_after"] < record["error_zero"]
         assert record["entries"] == rank * sum(record["shape"])
         assert record["entries_min"] >= 2
+        histogram = record["entries_histogram"]
+        assert sum(histogram["counts"]) == record["shape"][0]
+        assert histogram["edges"][0] <= record["entries_min"] <= record["entries_max"] < histogram["edges"][-1]
 
 
 def test_the_stored_bits_are_those_of_the_files(finished: Path) -> None:

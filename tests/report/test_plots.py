@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from qwha_cli.errors import DataError
+from qwha_cli.report.entries import rows_by_entries, total_rows_by_entries
 from qwha_cli.report.plots import entries_histogram, layer_heatmap, loss_curve, running_mean
 from support.run_folder import layer_records
 
@@ -47,7 +48,9 @@ def test_nothing_to_draw_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no layer has a error_after"):
         layer_heatmap([{"block": 0}], "error_after", tmp_path / "x.png")
     with pytest.raises(DataError, match="no entries to draw"):
-        entries_histogram([{"name": "x"}], tmp_path / "x.png")
+        entries_histogram(None, tmp_path / "x.png")
+    with pytest.raises(DataError, match="no entries to draw"):
+        entries_histogram(rows_by_entries([]), tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -85,10 +88,25 @@ def test_equal_errors_everywhere_can_be_drawn() -> None:
     assert heat_map([{**r, "error_after": 0.01} for r in layer_records(2)]).size
 
 
-def test_entries_that_are_all_equal_can_be_drawn(tmp_path: Path) -> None:
-    same = {"entries_min": 4, "entries_median": 4, "entries_max": 4}
-    entries_histogram([{**r, **same} for r in layer_records(2)], tmp_path / "entries.png")
-    assert (tmp_path / "entries.png").stat().st_size > 1000
+def bars(entries: list[int]) -> np.ndarray:
+    stream = io.BytesIO()
+    entries_histogram(rows_by_entries(entries), stream)
+    return pixels(stream)
+
+
+def test_entries_that_are_all_equal_can_be_drawn() -> None:
+    assert bars([4] * 50).size
+
+
+def test_a_histogram_from_no_entry_to_thousands_can_be_drawn() -> None:
+    assert bars([0, 3, 70, 2000, 14336]).shape == bars([4]).shape
+
+
+def test_a_fuller_bin_has_a_higher_bar() -> None:
+    def blue(picture: np.ndarray) -> float:
+        return float((picture[..., 2] - picture[..., 0] > 0.2).mean())
+
+    assert blue(bars([2] * 9 + [3] * 9)) > 1.5 * blue(bars([2] * 9 + [3]))
 
 
 def test_dark_pictures_are_dark_and_light_ones_light() -> None:
@@ -99,7 +117,7 @@ def test_dark_pictures_are_dark_and_light_ones_light() -> None:
 
 def test_equal_inputs_give_equal_files(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        entries_histogram(layer_records(3), tmp_path / name)
+        entries_histogram(total_rows_by_entries(layer_records(3)), tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

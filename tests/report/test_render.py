@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import pytest
 
 from qwha_cli.report.collect import collect
 from qwha_cli.report.markup import Safe, element, join
+from qwha_cli.report.page_initialisation import found_initialisation, rival_rows, verdict_texts, worst_rows
 from qwha_cli.report.render import write_report
 from support.run_folder import make_run
 
@@ -68,8 +70,8 @@ def test_every_section_is_in_both_reports(run: Path) -> None:
     everything = [
         "Result",
         "What it won",
+        "Initialisation",
         "Training",
-        "Layers",
         "Samples",
         "Notes and fallbacks",
         "Recipe",
@@ -78,9 +80,8 @@ def test_every_section_is_in_both_reports(run: Path) -> None:
     ]
     assert headings == everything
     text = (run / "report.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == [
-        name for name in everything if name not in ("Training", "Layers")
-    ]
+    # the fixture's run has no loss.png to link
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == [name for name in everything if name != "Training"]
 
 
 def test_the_numbers_of_the_table_are_in_both_reports(run: Path) -> None:
@@ -148,6 +149,64 @@ def test_both_colour_schemes_have_their_pictures(run: Path) -> None:
     assert all(found["media"] == "(prefers-color-scheme: dark)" for found in dark)
     assert all(found["alt"] for found in light)
     assert {found["srcset"] for found in dark}.isdisjoint({found["src"] for found in light})
+
+
+def shown(folder: Path) -> str:
+    """Return the text of a run's page, with ordinary spaces."""
+    return "".join(Elements((folder / "report.html").read_text(encoding="utf-8")).text).replace("\u00a0", " ")
+
+
+def written(folder: Path) -> str:
+    """Return the text of a run's Markdown, with ordinary spaces and without escapes."""
+    return (folder / "report.md").read_text(encoding="utf-8").replace("\u00a0", " ").replace("\\", "")
+
+
+def compared(root: Path, compare: dict[str, float | None], *, drop: str = "") -> Path:
+    """Write a run whose layers were also initialised by others, with a field left out."""
+    run = make_run(root, stages=("quantize", "init"), blocks=2)
+    path = run / "2-init" / "layers.jsonl"
+    records = [json.loads(line) | {"compare": compare} for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps({key: value for key, value in record.items() if key != drop}) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    write_report(run)
+    return run
+
+
+def test_the_initialisation_is_in_both_reports_with_verdict_totals_and_the_ten_worst_layers(run: Path) -> None:
+    found = found_initialisation(collect(run))
+    assert found is not None
+    said, reason = verdict_texts(found)
+    for text in (shown(run), written(run)):
+        assert said in text
+        assert reason.replace("\u00a0", " ") in text
+        assert "pursuit" in text
+        assert "model.layers.0.self_attn.v_proj" in text
+    assert len(worst_rows(found)) == 10
+
+
+def test_rivals_stand_between_zero_and_the_initializer_used(tmp_path: Path) -> None:
+    run = compared(tmp_path / "demo", {"cloq": 0.0146, "zero": 0.5, "unmeasured": None})
+    found = found_initialisation(collect(run))
+    assert found is not None
+    assert [row[0] for row in rival_rows(found)] == ["zero", "CLoQ", "pursuit"]
+    for text in (shown(run), written(run)):
+        assert "1.46 %" in text
+        assert "All have the same bytes a layer." in text
+
+
+def test_without_rivals_nothing_is_said_of_equal_bytes(run: Path) -> None:
+    assert "same bytes" not in shown(run)
+
+
+def test_layers_without_a_histogram_are_reported_without_its_picture(tmp_path: Path) -> None:
+    run = compared(tmp_path / "old", {}, drop="entries_histogram")
+    page = Elements((run / "report.html").read_text(encoding="utf-8"))
+    assert [found["alt"] for tag, found in page.found if tag == "img" and "Histogram" in str(found["alt"])] == []
+    assert "worst layers after initialisation" in "".join(page.text)
+
+
+def test_layers_without_errors_make_no_section(tmp_path: Path) -> None:
+    assert "Initialisation" not in shown(compared(tmp_path / "bare", {}, drop="error_after")).replace("+ initialised", "")
 
 
 @pytest.mark.parametrize("count", range(6))

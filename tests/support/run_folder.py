@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qwha_cli.artifacts.manifest import Manifest, artifact_key
 from qwha_cli.artifacts.store import drafting, publish
+from qwha_cli.report.entries import rows_by_entries
 
 FOLDERS = {"quantize": "1-quantize", "init": "2-init", "train": "3-train", "eval": "4-eval", "merge": "5-merge"}
 INPUTS = {
@@ -63,7 +64,7 @@ def make_run(root: Path, *, stages: tuple[str, ...] = tuple(INPUTS), blocks: int
     (root / "recipe.resolved.yaml").write_text(RECIPE + (f"note: {json.dumps(evil)}\n" if evil else ""), encoding="utf-8")
     keys: dict[str, str] = {}
     for stage in INPUTS:
-        settings = {"stage": stage}
+        settings: dict[str, object] = {"stage": stage} | ({"init": {"method": "pursuit"}} if stage == "init" else {})
         keys[stage] = artifact_key(stage, settings, inputs={name: keys[name] for name in INPUTS[stage]})
         if stage in stages:
             with drafting(root / FOLDERS[stage]) as draft:
@@ -96,6 +97,7 @@ def layer_records(blocks: int, *, evil: str = "") -> list[dict[str, object]]:
         for projection, scale in PROJECTIONS.items():
             zero = 0.02 * scale * (1 + 1.6 * math.exp(-block / 4)) * random_.uniform(0.7, 1.4)
             module = "self_attn" if projection[0] in "qkvo" else "mlp"
+            rows = sorted(max(2, round(random_.lognormvariate(3.4, 0.6))) for _ in range(576))
             records.append(
                 {
                     "name": f"model.layers.{block}.{module}.{projection}{evil}",
@@ -106,9 +108,10 @@ def layer_records(blocks: int, *, evil: str = "") -> list[dict[str, object]]:
                     "sqnr_db": -10 * math.log10(zero) / 2,
                     "bits_per_weight": 2.28,
                     "entries": 18432,
-                    "entries_min": random_.randint(2, 14),
-                    "entries_median": random_.randint(22, 40),
-                    "entries_max": random_.randint(80, 400),
+                    "entries_min": rows[0],
+                    "entries_median": rows[288],
+                    "entries_max": rows[-1],
+                    "entries_histogram": rows_by_entries(rows).to_json(),
                     "error_zero": zero,
                     "error_after": zero * random_.uniform(0.5, 0.72),
                     "seconds": random_.uniform(0.1, 0.9),

@@ -18,13 +18,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from qwha_cli.cli.tables import as_number, worst_layers_table
+from qwha_cli.cli.init_display import show_layers, show_totals
+from qwha_cli.cli.tables import worst_quantized_table
 from qwha_cli.recipe.load import display_name
+from qwha_cli.report.initialisation import Initialisation, initialisation
+from qwha_cli.report.layers import finite_number
 
-# Of a stage's results, what its closing line says.
+# Of a stage's results, what its closing line says. Init's errors stand in lines of their own.
 HEADLINES: Mapping[str, tuple[str, ...]] = {
     "quantize": ("layer_error_mean", "bits_per_weight", "worst_layer"),
-    "init": ("layer_error_zero_mean", "layer_error_mean", "error_recovered"),
+    "init": ("entries", "layer_error_max", "adapter_bits_per_entry", "bits_per_weight"),
     "train": ("steps", "first_loss", "last_loss", "tokens"),
     "eval": ("rows",),
     "merge": ("max_logit_difference", "kl", "megabytes"),
@@ -82,11 +85,14 @@ class ConsoleEvents:
     Args:
         console: Where to.
         live: Redraw bars in place; plain lines otherwise.
+        initializer: Name of the run's initializer.
     """
 
-    def __init__(self, console: Console, *, live: bool) -> None:
+    def __init__(self, console: Console, *, live: bool, initializer: str = "init") -> None:
         self.console = console
         self.live = live
+        self.initializer = initializer
+        self._initialised: Initialisation | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._last_line = -1
@@ -111,6 +117,8 @@ class ConsoleEvents:
         told = headline(name, results)
         parts = Text.assemble((f"{name:<9}", "bold cyan"), ("done", "green"), f"     {duration(seconds)}", (f"  {told}", "dim"))
         self.console.print(parts, soft_wrap=True)
+        if name == "init" and self._initialised is not None:
+            show_totals(self.console, self._initialised)
 
     def progress(self, stage: str, done: int, total: int, text: str) -> None:
         """Move the bar, or print a line when a tenth of the stage has passed."""
@@ -127,9 +135,19 @@ class ConsoleEvents:
         self.console.print(Text.assemble((f"{stage:<9}", "bold cyan"), ("note", "yellow"), f"     {text}"), soft_wrap=True)
 
     def layers(self, stage: str, records: list[dict[str, object]]) -> None:
-        """Print the layers with the largest error after a stage."""
-        if records and (stage == "init" or stage == "quantize"):
-            self.console.print(worst_layers_table(records, stage=stage))
+        """Print the layers with the largest error after a stage; what an initialisation won follows when it is published."""
+        if records and stage == "quantize":
+            self.console.print(worst_quantized_table(records))
+        if stage == "init":
+            self._initialised = initialisation(records, method=self.initializer)
+            if self._initialised is not None:
+                show_layers(self.console, self._initialised, heat_map=self.live)
+
+    def initialised(self, records: list[dict[str, object]]) -> None:
+        """Print what an initialisation won that was made by an earlier command."""
+        self.layers("init", records)
+        if self._initialised is not None:
+            show_totals(self.console, self._initialised)
 
     def training(self) -> TrainingDisplay:
         """Return the sink that the training loop reports to."""
@@ -200,10 +218,10 @@ class TrainingDisplay:
 
 
 @contextlib.contextmanager
-def watching(console: Console | None = None) -> Generator[ConsoleEvents]:
+def watching(console: Console | None = None, *, initializer: str = "init") -> Generator[ConsoleEvents]:
     """Yield the display of a run, and leave the terminal clean however the run ends."""
     console = console or stderr_console()
-    events = ConsoleEvents(console, live=wants_live(console))
+    events = ConsoleEvents(console, live=wants_live(console), initializer=initializer)
     try:
         yield events
     finally:
@@ -225,7 +243,7 @@ def duration(seconds: float) -> str:
 
 
 def _short(value: object) -> str:
-    number = as_number(value)
+    number = finite_number(value)
     if number is None or isinstance(value, int):
         return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return f"{number:.4g}"

@@ -141,9 +141,10 @@ def execute(
     from qwha_cli.cli.console import is_first_rank, watching
     from qwha_cli.cli.tables import results_table
     from qwha_cli.recipe.load import display_name, load_recipe
+    from qwha_cli.report.initialisation import initialisation
 
     recipe = load_recipe(reference, changes)
-    with watching() as events:
+    with watching(initializer=recipe.init.method) as events:
         say = events.say
         say(f"recipe   {reference}" + (f"  with {' '.join(changes)}" if changes else ""))
         forced = () if not force else STAGES if until is None else (until,)
@@ -153,13 +154,24 @@ def execute(
             options = RunOptions(force=forced, resume=resume, deep_verify=verify)
             result = run_stages(recipe, until=until, events=events, options=options)
         events.close()
+        records = _initialised_layers(result.stages["init"].path) if "init" in result.stages and is_first_rank() else []
+        if until == "init" and records and result.stages["init"].fresh:
+            events.initialised(records)  # asked for and already there: what it won is still the answer
         if result.table:
             events.console.print(results_table(result.table, bits=recipe.quantize.bits))
         say(f"run      {display_name(result.run)}  (its settings: {RESOLVED})")
         if until is None and is_first_rank():
             say(f"report   {display_name(_report(result.run, fresh=all(stage.fresh for stage in result.stages.values())))}")
     if as_json and is_first_rank():
-        print_json(result.to_json())
+        won = initialisation(records, method=recipe.init.method)
+        print_json(result.to_json() | ({"initialisation": won.to_json()} if won else {}))
+
+
+def _initialised_layers(folder: Path) -> list[dict[str, object]]:
+    """Return the records of 2-init."""
+    from qwha_cli.report.collect import read_records
+
+    return read_records(folder / "layers.jsonl")
 
 
 def _report(run: Path, *, fresh: bool) -> Path:

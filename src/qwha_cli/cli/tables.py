@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from rich import box
 from rich.table import Table
+
+from qwha_cli.report.initialisation import WORST, recovered
+from qwha_cli.report.layers import common_prefix, entries_of_rows, finite_number, worst_layers
 
 NOT_MEASURED = "–"
 TITLES = {"16-bit": "16-bit", "base": "{bits} base", "init": "+ init", "trained": "+ trained", "merged": "merged"}
@@ -49,35 +51,49 @@ def results_table(rows: Sequence[Mapping[str, object]], *, bits: int | None = No
     return table
 
 
-def worst_layers_table(
-    layers: Sequence[Mapping[str, object]], *, stage: Literal["quantize", "init"] = "init", count: int = 5
-) -> Table:
-    """Return the layers with the largest output error after a stage.
+def worst_quantized_table(layers: Sequence[Mapping[str, object]], *, count: int = 5) -> Table:
+    """Return the layers with the largest output error after quantization.
 
     Args:
-        layers: Records of the stage's layers.jsonl.
-        stage: Whose records they are.
+        layers: Records of 1-quantize/layers.jsonl.
         count: How many to show.
     """
-    key = "error_after" if stage == "init" else "error_ratio"
-    columns = {
-        "init": {
-            "error_zero": ".4f",
-            "error_after": ".4f",
-            "entries": ",d",
-            "entries_min": "d",
-            "entries_max": "d",
-            "seconds": ".1f",
-        },
-        "quantize": {"error_ratio": ".4f", "sqnr_db": ".1f", "bits_per_weight": ".2f", "seconds": ".1f"},
-    }[stage]
-    worst = sorted(layers, key=lambda layer: -(as_number(layer.get(key)) or 0.0))[:count]
+    columns = {"error_ratio": ".4f", "sqnr_db": ".1f", "bits_per_weight": ".2f", "seconds": ".1f"}
+    worst = worst_layers(layers, "error_ratio", count=count)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"worst {len(worst)} of {len(layers)} layers", title_justify="left")
     table.add_column("layer")
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     for layer in worst:
         table.add_row(str(layer.get("name", "?")), *(number_cell(layer.get(column), form) for column, form in columns.items()))
+    return table
+
+
+def worst_initialised_table(layers: Sequence[Mapping[str, object]], *, count: int = WORST) -> Table:
+    """Return the layers with the largest output error after initialisation; fits 80 columns.
+
+    Args:
+        layers: Records of 2-init/layers.jsonl.
+        count: How many to show.
+    """
+    worst = worst_layers(layers, "error_after", count=count)
+    prefix = common_prefix(layers) if len(layers) > 1 else ""
+    title = f"worst {len(worst)} of {len(layers)} layers" + (f", names after {prefix}" if prefix else "")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for heading in ("error\nzero → init", "recov-\nered", "entries", "a row: min/\nmedian/max", "time\ns"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in worst:
+        before, after = (finite_number(layer.get(name)) for name in ("error_zero", "error_after"))
+        share = recovered(before, after)
+        table.add_row(
+            str(layer.get("name", "?")).removeprefix(prefix),
+            f"{number_cell(before, '.4f')} → {number_cell(after, '.4f')}",
+            NOT_MEASURED if share is None else f"{100 * share:.0f} %",
+            number_cell(layer.get("entries"), ",d"),
+            entries_of_rows(layer, "/"),
+            number_cell(layer.get("seconds"), ".1f"),
+        )
     return table
 
 
@@ -103,16 +119,9 @@ def task_cell(row: Mapping[str, object], task: str) -> str:
     return percent_cell(scores, None)
 
 
-def as_number(value: object) -> float | None:
-    """Return a finite number as a float, anything else as None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value - value != 0:
-        return None
-    return float(value)
-
-
 def number_cell(value: object, form: str) -> str:
     """Return a number in a format, or a dash where there is none."""
-    number = as_number(value)
+    number = finite_number(value)
     if number is None:
         return NOT_MEASURED
     return format(int(number) if form.endswith("d") else number, form)
@@ -120,7 +129,7 @@ def number_cell(value: object, form: str) -> str:
 
 def percent_cell(value: object, stderr: object) -> str:
     """Return a fraction as per cent with its standard error."""
-    number, error = as_number(value), as_number(stderr)
+    number, error = finite_number(value), finite_number(stderr)
     if number is None:
         return NOT_MEASURED
     return f"{100 * number:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from qwha_cli.report import wording
 from qwha_cli.report.collect import STAGE_FOLDERS, RunReport
 from qwha_cli.report.page import COLUMNS, ROW_NAMES, missing_sentence, summary_line, task_names, task_text
 from qwha_cli.report.page_details import counted, cut, environment_lines, grouped, shown_samples, verdict
+from qwha_cli.report.page_initialisation import (
+    RIVAL_TITLES,
+    WORST_TITLES,
+    found_initialisation,
+    number_lines,
+    rival_rows,
+    rivals_caption,
+    verdict_texts,
+    worst_rows,
+)
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#])")
 _PICTURES = (
     ("init", "heatmap.png", "Layer errors after initialisation"),
-    ("init", "entries.png", "Entries per row"),
+    ("init", "entries.png", "Rows by their number of entries"),
     ("train", "loss.png", "Loss"),
 )
 
@@ -27,11 +38,9 @@ def markdown(report: RunReport) -> str:
     sentences = wording.wins(report)
     if sentences:
         parts += ["## What it won", "\n".join(f"- {plain(sentence)}" for sentence in sentences)]
-    pictures = [
-        (f"{STAGE_FOLDERS[stage]}/{file}", text) for stage, file, text in _PICTURES if (report.folder(stage) / file).is_file()
-    ]
-    if pictures:
-        parts += ["## Pictures", *(f"![{text}]({path})" for path, text in pictures)]
+    parts += _initialisation(report)
+    loss = _pictures(report, "train")
+    parts += ["## Training", *loss] if loss else []
     parts += _samples(report)
     notes = [f"- **{stage}**: {plain(note)}" for stage, note in report.notes()] or ["None."]
     parts += ["## Notes and fallbacks", "\n".join(notes)]
@@ -71,6 +80,34 @@ def _table(report: RunReport) -> str:
         cells = [ROW_NAMES[row.row], *(text(row) for _, _, text in columns), *(task_text(row, name) for name in tasks)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _initialisation(report: RunReport) -> list[str]:
+    found = found_initialisation(report)
+    if found is None:
+        return []
+    said, reason = verdict_texts(found)
+    numbers = "\n".join(f"- {plain(name)}: {plain(text)}" for name, text in number_lines(report, found))
+    return [
+        "## Initialisation",
+        f"**{plain(said)}** {plain(reason)}",
+        _rows(RIVAL_TITLES, rival_rows(found)),
+        plain(rivals_caption(found)),
+        numbers,
+        *_pictures(report, "init"),
+        "### Worst layers after initialisation",
+        _rows(WORST_TITLES, worst_rows(found)),
+    ]
+
+
+def _pictures(report: RunReport, stage: str) -> list[str]:
+    there = [(file, text) for of, file, text in _PICTURES if of == stage and (report.folder(stage) / file).is_file()]
+    return [f"![{text}]({STAGE_FOLDERS[stage]}/{file})" for file, text in there]
+
+
+def _rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    return "\n".join(lines + [f"| {' | '.join(plain(cell) for cell in row)} |" for row in rows])
 
 
 def _samples(report: RunReport) -> list[str]:

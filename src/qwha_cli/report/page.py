@@ -1,4 +1,4 @@
-"""The frame of report.html and the sections on results: table, what was won, training, layers.
+"""The frame of report.html and the sections on results: table, what was won, training, quantized layers.
 
 The page is one file: styles inside, pictures as data URIs, no script. A content security policy forbids everything else, so that
 opening a report can reach nothing, whatever text a model wrote into it.
@@ -6,27 +6,23 @@ opening a report can reach nothing, whatever text a model wrote into it.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
-from typing import BinaryIO, cast
+from typing import cast
 
 import yaml
 
 from qwha_cli.report import plots, wording
 from qwha_cli.report.collect import RunReport
+from qwha_cli.report.initialisation import WORST
+from qwha_cli.report.layers import worst_layers
 from qwha_cli.report.markup import Safe, element, join
 from qwha_cli.report.page_details import details_sections, section
-from qwha_cli.report.plots import Theme
+from qwha_cli.report.page_initialisation import initialisation_section
+from qwha_cli.report.page_pictures import figure, heat_map, picture, plain_table, scrolling
 from qwha_cli.report.table import TableRow, number
 
-WORST_LAYERS = 12
-# The largest size that pictures are shown in; the page's column is as wide as the pictures of a model with 30 blocks.
-PIXELS_PER_INCH = 110
-# Heat maps from here on keep a width at which their cells can be read, and scroll on a phone.
-MANY_BLOCKS = 12
 # Title, unit and text of the columns that every table of rows has.
 COLUMNS: Sequence[tuple[str, str, Callable[[TableRow], str]]] = (
     ("Perplexity, answers", "held out", lambda r: wording.perplexity(r.perplexity_answers)),
@@ -63,8 +59,9 @@ def page(report: RunReport) -> str:
         _header(report),
         _result(report),
         _wins(report),
+        initialisation_section(report),
+        _quantized_layers(report),
         _training(report),
-        _layers(report),
         details_sections(report),
         element("footer", "Written by qwha from the run's own files. Sizes count 10⁶ bytes a MB."),
     )
@@ -197,91 +194,33 @@ def _wins(report: RunReport) -> Safe:
 def _training(report: RunReport) -> Safe:
     if not any(number(r.get("loss")) is not None or number(r.get("validation_loss")) is not None for r in report.metrics):
         return Safe("")
-    picture = _picture(
-        lambda out, theme: plots.loss_curve(report.metrics, out, theme=theme), "Training and validation loss by step"
-    )
+    loss = picture(lambda out, theme: plots.loss_curve(report.metrics, out, theme=theme), "Training and validation loss by step")
     last = next((r for r in reversed(report.metrics) if "loss" in r), {})
     facts = [
         f"{last['step']} steps" if "step" in last else "",
         f"{sum(number(r.get('tokens')) or 0 for r in report.metrics):,.0f} tokens",
         f"{wording.duration(report.manifests['train'].seconds)}",
     ]
-    return section("Training", _figure(picture, ", ".join(f for f in facts if f) + "."))
+    return section("Training", figure(loss, ", ".join(f for f in facts if f) + "."))
 
 
-def _layers(report: RunReport) -> Safe:
-    parts: list[Safe] = []
-    if report.initialised:
-        values = [number(r.get(k)) for r in report.initialised for k in ("error_zero", "error_after")]
-        known = [v for v in values if v is not None and v > 0]
-        limits = (min(known), max(known)) if known else None
-        for key, caption in (
-            ("error_zero", "Before: the error of each layer's output with a zero adapter, in per cent of the output."),
-            ("error_after", "After initialisation, in the same colours."),
-        ):
-            parts.append(_heat_map(report.initialised, key, caption, limits))
-        if _counts_rows(report.initialised):
-            histogram = _picture(
-                lambda out, theme: plots.entries_histogram(report.initialised, out, theme=theme), "Histogram of entries per row"
-            )
-            parts.append(_figure(histogram, "Entries of the adapter in each layer's emptiest, median and fullest row."))
-        parts += [element("h3", "Worst layers after initialisation"), _worst(report.initialised, "error_after")]
-    elif report.quantized:
-        caption = "Error of each layer's output after quantization, in per cent of the output."
-        parts.append(_heat_map(report.quantized, "error_ratio", caption, None))
-        parts += [element("h3", "Worst layers after quantization"), _worst(report.quantized, "error_ratio")]
-    return section("Layers", *parts) if parts else Safe("")
-
-
-def _counts_rows(records: Sequence[Mapping[str, object]]) -> bool:
-    """Whether the adapter has entries in rows, as a sparse one has and a LoRA has not."""
-    return any("entries_max" in record for record in records)
-
-
-def _heat_map(records: Sequence[Mapping[str, object]], key: str, caption: str, limits: tuple[float, float] | None) -> Safe:
-    picture = _picture(lambda out, theme: plots.layer_heatmap(records, key, out, limits=limits, theme=theme), caption)
-    many = any((number(r.get("block")) or 0) >= MANY_BLOCKS for r in records)
-    return _figure(picture, caption, wide=many)
-
-
-def _worst(records: Sequence[Mapping[str, object]], key: str) -> Safe:
-    worst = sorted(records, key=lambda r: -(number(r.get(key)) or 0.0))[:WORST_LAYERS]
-    before = key == "error_after"
-    fourth = "SQNR, dB" if not before else "Entries in a row" if _counts_rows(records) else ""
-    titles = ["Layer", *(["Before"] if before else []), "Error", *([fourth] if fourth else []), "Time"]
-    rows: list[Safe] = []
-    for record in worst:
-        cells = [wording.percent(number(record.get("error_zero")), digits=2)] if before else []
-        cells.append(wording.percent(number(record.get(key)), digits=2))
-        if fourth and before:
-            cells.append(" – ".join(f"{record.get(f'entries_{kind}', '?')}" for kind in ("min", "median", "max")))
-        elif fourth:
-            cells.append(f"{number(record.get('sqnr_db')) or 0:.1f}")
-        cells.append(wording.duration(number(record.get("seconds"))))
-        rows.append(element("tr", element("th", str(record.get("name", "")), scope="row"), *(element("td", c) for c in cells)))
-    head = element("tr", *(element("th", title, scope="col") for title in titles))
-    return scrolling(element("table", element("thead", head), element("tbody", *rows)), "Worst layers")
-
-
-def scrolling(inside: Safe, label: str) -> Safe:
-    """Wrap something wide so that it scrolls by itself on a narrow screen, by keyboard too."""
-    return element("div", inside, class_="scroll", tabindex="0", role="region", aria_label=label)
-
-
-def _picture(draw: Callable[[BinaryIO, Theme], None], text: str) -> Safe:
-    """Draw a picture in both themes and return it as one element that follows the reader's colour scheme."""
-    files: dict[Theme, bytes] = {}
-    for theme in ("light", "dark"):
-        stream = io.BytesIO()
-        draw(stream, theme)
-        files[theme] = stream.getvalue()
-    uris = {theme: "data:image/png;base64," + base64.b64encode(content).decode() for theme, content in files.items()}
-    dark = element("source", srcset=uris["dark"], media="(prefers-color-scheme: dark)")
-    # a small model's map is a small picture: blown up to the page's width its labels would shout
-    width = int.from_bytes(files["light"][16:20], "big") * PIXELS_PER_INCH // plots.DPI
-    return element("picture", dark, element("img", src=uris["light"], alt=text, style=f"max-width:{width}px"))
-
-
-def _figure(picture: Safe, caption: str, *, wide: bool = False) -> Safe:
-    attributes = {"class_": "wide"} if wide else {}
-    return element("figure", scrolling(picture, caption), element("figcaption", caption), **attributes)
+def _quantized_layers(report: RunReport) -> Safe:
+    """Return the layers after quantization; an initialisation shows them before and after instead."""
+    if not report.quantized or report.initialised:
+        return Safe("")
+    caption = "Error of each layer's output after quantization, in per cent of the output."
+    rows = [
+        [
+            str(record.get("name", "")),
+            wording.percent(number(record.get("error_ratio")), digits=2),
+            f"{number(record.get('sqnr_db')) or 0:.1f}",
+            wording.duration(number(record.get("seconds"))),
+        ]
+        for record in worst_layers(report.quantized, "error_ratio", count=WORST)
+    ]
+    return section(
+        "Layers",
+        heat_map(report.quantized, "error_ratio", caption, None),
+        element("h3", "Worst layers after quantization"),
+        scrolling(plain_table(["Layer", "Error", "SQNR, dB", "Time"], rows), "Worst layers"),
+    )

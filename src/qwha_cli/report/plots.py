@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,12 +21,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from qwha_cli.errors import DataError
+from qwha_cli.report.entries import EntriesHistogram
+from qwha_cli.report.layers import Records, layer_grid
 
 Theme = Literal["light", "dark"]
-Records = Sequence[Mapping[str, object]]
 DPI = 160
-# The usual order of a decoder block's linears; others follow by name.
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+# From so many bins on, the numbers under all of them would touch.
+MANY_BINS = 16
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,10 @@ def layer_heatmap(
     Raises:
         DataError: No record has the value.
     """
-    names, grid = _grid(layers, value)
-    known = grid[np.isfinite(grid) & (grid > 0)]
-    low, high = limits or ((float(known.min()), float(known.max())) if known.size else (1e-6, 1.0))
+    found = layer_grid(layers, value)
+    names, known = found.projections, found.positive
+    grid = np.array([[math.nan if v is None else v for v in row] for row in found.values])
+    low, high = limits or ((min(known), max(known)) if known else (1e-6, 1.0))
     norm = LogNorm(vmin=low, vmax=max(high, low * 1.0001), clip=True)
     count = grid.shape[1]
     figure, axes, colours = _canvas(min(13.0, max(5.2, 1.75 + 0.265 * count)), 0.95 + 0.3 * len(names), theme)
@@ -150,36 +152,31 @@ def layer_heatmap(
     _save(figure, out)
 
 
-def entries_histogram(layers: Records, out: Path | BinaryIO, *, theme: Theme = "light") -> None:
-    """Draw how many entries of F the rows got: over the layers, the emptiest, the median and the fullest row.
+def entries_histogram(histogram: EntriesHistogram | None, out: Path | BinaryIO, *, theme: Theme = "light") -> None:
+    """Draw how many rows of F got how many entries; bins of half an octave are equally wide, so the axis is logarithmic.
 
     Args:
-        layers: Records with `entries_min`, `entries_median` and `entries_max`.
+        histogram: Rows by their number of entries, summed over layers.
         out: Where the PNG goes.
         theme: Colours.
 
     Raises:
-        DataError: No record has these counts.
+        DataError: There is no row.
     """
-    figure, axes, colours = _canvas(8.6, 3.3, theme)
-    kinds = (("entries_min", "emptiest row"), ("entries_median", "median row"), ("entries_max", "fullest row"))
-    found = [(label, _values(layers, name)) for name, label in kinds]
-    everything = [v for _, values in found for v in values if v > 0]
-    if not everything:
+    if histogram is None or not histogram.counts:
         raise DataError("no entries to draw", where="layers", remedy="run the init stage again")
-    low, high = min(everything), max(everything)
-    edges = np.geomspace(low * 0.9, high * 1.1, 49)
-    for (label, values), colour in zip(found, colours.series, strict=True):
-        axes.hist(values, bins=edges.tolist(), histtype="stepfilled", color=colour, alpha=0.34)
-        axes.hist(values, bins=edges.tolist(), histtype="step", color=colour, linewidth=1.4, label=label)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(_round_numbers(low, high)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    figure, axes, colours = _canvas(8.6, 3.3, theme)
+    places = range(len(histogram.counts))
+    axes.bar(places, histogram.counts, width=0.92, align="edge", color=colours.series[0])
+    # each label stands at the left edge of its bin; powers of two are enough where there are many
+    shown = [i for i, edge in enumerate(histogram.edges) if len(places) < MANY_BINS or edge & (edge - 1) == 0]
+    axes.set_xticks([place - 0.04 for place in shown], [f"{histogram.edges[place]:,}" for place in shown])
+    margin = max(0.5, (8 - len(places)) / 2)  # one bin alone is a bar, not a wall
+    axes.set_xlim(-margin, len(places) + margin)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.set_xlabel("entries in a row (logarithmic)")
-    axes.set_ylabel("layers")
-    axes.legend(frameon=False, labelcolor=colours.ink, fontsize=9, loc="upper right")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
+    axes.set_xlabel("entries in a row, from each number up to the next")
+    axes.set_ylabel("rows")
     _save(figure, out)
 
 
@@ -229,24 +226,6 @@ def _round_numbers(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [digit * 10.0**power for power in powers for digit in (1, 2, 5) if low <= digit * 10.0**power <= high]
     return found if len(found) > 1 else sorted({low, high})
-
-
-def _grid(layers: Records, value: str) -> tuple[list[str], np.ndarray]:
-    """Return the projections' names and the values as (projections, blocks), NaN where a layer is not there."""
-    usable = [r for r in layers if isinstance(r.get(value), int | float) and isinstance(r.get("block"), int)]
-    if not usable:
-        raise DataError(f"no layer has a {value}", where="layers", remedy="run the stage that measures it again")
-    order = {name: i for i, name in enumerate(_PROJECTIONS)}
-    names = sorted({str(r["projection"]) for r in usable}, key=lambda n: (order.get(n, len(order)), n))
-    blocks = 1 + max(cast(int, r["block"]) for r in usable)
-    grid = np.full((len(names), blocks), np.nan)
-    for record in usable:
-        grid[names.index(str(record["projection"])), cast(int, record["block"])] = cast(float, record[value])
-    return names, grid
-
-
-def _values(layers: Records, name: str) -> list[float]:
-    return [float(cast(float, r[name])) for r in layers if isinstance(r.get(name), int | float)]
 
 
 def _series(records: Records, name: str) -> tuple[list[float], list[float]]:

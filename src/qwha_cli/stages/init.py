@@ -83,8 +83,8 @@ def run(context: StageContext) -> dict[str, object]:
     )
     write_lines(context.draft / "layers.jsonl", records)
     layer_heatmap(records, "error_after", context.draft / "heatmap.png", title="Layer output error after initialisation")
-    if any("entries_max" in record for record in records):
-        entries_histogram(total_rows_by_entries(records), context.draft / "entries.png")
+    if rows := total_rows_by_entries(records):
+        entries_histogram(rows, context.draft / "entries.png")
     return summary
 
 
