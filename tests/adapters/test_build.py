@@ -227,7 +227,7 @@ def test_the_format_of_earlier_versions_is_refused_by_name_and_with_a_remedy(tmp
 def test_what_is_stored_in_bfloat16_is_what_the_reloaded_adapter_has(tmp_path: Path) -> None:
     rows = {Q: SparseRows.from_mask(torch.randn(48, 48), torch.rand(48, 48) < 0.2)}
     for store in ("bfloat16", "float32"):
-        save_adapter(add_adapter(base(), rank=4, scale=0.5, targets=[Q], rows=rows, store=store), tmp_path / store)
+        save_adapter(add_adapter(base(), rank=4, scale=0.5, targets=[Q], start=rows, store=store), tmp_path / store)
         loaded = load_adapter(base(), tmp_path / store, trainable=True)
         expected = as_stored(rows[Q], store)
         assert torch.equal(spectral_layers(loaded)[Q].rows("default").values, expected.values)

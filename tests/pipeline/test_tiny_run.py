@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwha_cli.adapters.build import load_adapter, spectral_layers
+from qwha_cli.adapters.build import adapted_layers, load_adapter
 from qwha_cli.artifacts.store import verify
 from qwha_cli.errors import GateError, ModelError
 from qwha_cli.initializers.refine import residual_error
@@ -121,7 +121,7 @@ def test_init_measures_its_errors_on_the_values_that_it_stores(copied: Path, mon
     folder = next(copied.iterdir())
     names = [json.loads(line)["name"] for line in (folder / "2-init" / "layers.jsonl").read_text().splitlines()]
     base = load_base(folder / "1-quantize", dtype=torch.float32)
-    layers = spectral_layers(load_adapter(base, folder / "2-init", trainable=False))
+    layers = adapted_layers(load_adapter(base, folder / "2-init", trainable=False))
     assert len(measured) == len(names) == 14
     for name, rows in zip(names, measured, strict=True):
         stored = layers[name].rows("default")

@@ -63,6 +63,16 @@ def pack_gptq(codes: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, zero_b
     }
 
 
+def unpack_gptq(
+    tensors: dict[str, Tensor], *, shape: tuple[int, int], bits: int, zero_bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Undo `pack_gptq`: codes uint8 (out, in), scales float16 and zeros float32 (out, groups), contiguous."""
+    out_features, in_features = shape
+    codes = unpack(tensors["qweight"].T, bits=bits, count=in_features)
+    zeros = unpack(tensors["qzeros"], bits=zero_bits, count=out_features).T.float() / (1 << (zero_bits - bits))
+    return codes.contiguous(), tensors["scales"].T.contiguous(), zeros.contiguous()
+
+
 def dequantize_gptq(
     tensors: dict[str, Tensor], *, shape: tuple[int, int], bits: int, zero_bits: int, dtype: torch.dtype
 ) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from qwha_cli.errors import ArtifactError, ModelError
+from qwha_cli.errors import ArtifactError, KernelError, ModelError
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.unpack import WIDTHS
 from qwha_cli.kernels.wht import wht
-from qwha_cli.quant.layout import Layout, Shapes, dequantize_gptq, dequantize_nf4, pack_gptq, tensor_shapes
+from qwha_cli.quant.layout import Layout, Shapes, dequantize_gptq, dequantize_nf4, pack_gptq, tensor_shapes, unpack_gptq
 
 Basis = Literal["weight", "hadamard"]
 Method = Literal["gptq", "rtn", "nf4"]
@@ -167,6 +167,16 @@ class PackedWeight:
         """
         shape = (codes.shape[0], codes.shape[1])
         return cls(pack_gptq(codes, scales, zeros, bits=format.bits, zero_bits=format.zero_bits), format, shape)
+
+    def codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `from_codes` was given: codes uint8 (out, in), scales float16 and zeros float32 (out, in / group_size).
+
+        Raises:
+            KernelError: nf4 has no such codes.
+        """
+        if self.format.layout == "nf4":
+            raise KernelError("an nf4 weight has no scale · (code − zero)", remedy="quantize with gptq or rtn")
+        return unpack_gptq(self.tensors, shape=self.shape, bits=self.format.bits, zero_bits=self.format.zero_bits)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix (out, in) in its own basis, rounded once to `dtype`."""

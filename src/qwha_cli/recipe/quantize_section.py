@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from qwha_cli.catalog import DATASETS, TEXTS
+from qwha_cli.catalog import DATASETS, INITIALIZERS, LOW_RANK_INITIALIZERS, TEXTS
 from qwha_cli.recipe.section import (
     Count,
     Fault,
@@ -104,6 +104,14 @@ class QuantizeSection(Section):
         Positive | None,
         Field(description="GPTQ: strength of MagR's smoothing of outliers before quantization; null for none."),
     ] = None
+    reconstruct: Annotated[
+        Literal["none", "scales", "full"],
+        Field(
+            description="What is trained afterwards, block by block, to give the 16-bit model's outputs: scales and zeros, or "
+            "(`full`) the rounding too. Not for `nf4`."
+        ),
+    ] = "none"
+    reconstruct_epochs: Annotated[Count, Field(description="Passes over the calibration text while reconstructing.")] = 4
     exclude: Annotated[
         tuple[str, ...], as_tuple(), Field(description="Linear layers of the blocks that stay in 16 bits, by name.")
     ] = ()
@@ -119,6 +127,8 @@ class QuantizeSection(Section):
             yield Fault(("zeros",), "a symmetric grid has its zero in the middle", "set quantize.zeros=integer")
         if self.method != "nf4":
             return
+        if self.reconstruct != "none":
+            yield Fault(("reconstruct",), "nf4 has a fixed grid", "set quantize.reconstruct=none, or quantize.method=gptq")
         if self.bits != 4:
             yield Fault(("bits",), f"nf4 is a 4-bit format, not {self.bits}", "set quantize.bits=4, or quantize.method=gptq")
         for key in ("grid", "zeros"):
@@ -139,6 +149,14 @@ def _targets(value: object) -> object:
     # checked here, before pydantic tries both sides of the union and reports two faults for one
     message = f"expected all-linear or a list of layer names such as [q_proj, v_proj], got {value!r}"
     raise ValueError(message)
+
+
+def _initializers(names: tuple[str, ...]) -> tuple[str, ...]:
+    known = {**INITIALIZERS, **LOW_RANK_INITIALIZERS}
+    for name in names:
+        if name not in known:
+            raise unknown_name(name, known, what="initializer")
+    return names
 
 
 class AdapterSection(Section):
@@ -185,6 +203,19 @@ class InitSection(Section):
         ),
     ] = None
     min_per_row: Annotated[Annotated[int, Field(ge=0)], Field(description="Values that each row of a `qwha` gets at least.")] = 2
+    reconstruct: Annotated[
+        Literal["none", "values"],
+        Field(
+            description="`values`: afterwards train the values of a `qwha`, block by block, to give the 16-bit model's outputs."
+        ),
+    ] = "none"
+    reconstruct_epochs: Annotated[Count, Field(description="Passes over the calibration text while reconstructing.")] = 4
+    compare: Annotated[
+        tuple[str, ...],
+        as_tuple(),
+        AfterValidator(_initializers),
+        Field(description="Other initializers to report beside the one used, on the same layers at the same bytes, by name."),
+    ] = ()
     precision: Annotated[Literal["float32", "float64"], Field(description="Arithmetic of the fit (`lora`: float64).")] = "float32"
     gate: Annotated[
         bool, Field(description="Exit 1 when a layer's error after init is above the error without adapter. Off for `zero`.")
@@ -194,3 +225,5 @@ class InitSection(Section):
         """Yield what cannot stand together in the initialisation."""
         if self.method == "zero" and self.gate and "gate" in self.model_fields_set:
             yield Fault(("gate",), "a zero init has nothing to compare with a zero init", "set init.gate=false")
+        if self.method == "zero" and self.reconstruct != "none":
+            yield Fault(("reconstruct",), "a zero init leaves nothing to reconstruct", "set init.reconstruct=none")

@@ -50,6 +50,8 @@ class Recipe(Section):
     def _start_faults(self) -> Iterator[Fault]:
         """Yield the start that the kind of adapter cannot have."""
         kind, method = self.adapter.method, self.init.method
+        if kind == "lora" and self.init.reconstruct != "none":
+            yield Fault(("init", "reconstruct"), "only the values of a qwha are reconstructed", "set init.reconstruct=none")
         starts, usual = (LOW_RANK_INITIALIZERS, "cloq") if kind == "lora" else (INITIALIZERS, "pursuit")
         if method in starts:
             return

@@ -8,10 +8,11 @@ place, because that is what the layer will see. A layer that ends worse than wit
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from qwha_cli.adapters.build import Start, add_adapter, save_adapter
 from qwha_cli.adapters.size import size_summary
@@ -20,7 +21,6 @@ from qwha_cli.errors import GateError
 from qwha_cli.models.stream import open_base
 from qwha_cli.models.targets import find_targets
 from qwha_cli.models.walk import Block
-from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.report.entries import total_rows_by_entries
@@ -28,8 +28,10 @@ from qwha_cli.report.plots import entries_histogram, layer_heatmap
 from qwha_cli.stages.context import StageContext, read_lines, write_lines
 from qwha_cli.stages.init_layer import InitLayer, start_of, start_tensors
 from qwha_cli.stages.init_low_rank import initialize_low_rank
+from qwha_cli.stages.init_record import compared, start_record
 from qwha_cli.stages.init_sparse import initialize_sparse
 from qwha_cli.stages.quantize import by_block, calibration, finished_blocks, note_blocks, open_original, walk_through
+from qwha_cli.stages.reconstruct import reconstruct_values
 
 
 def run(context: StageContext) -> dict[str, object]:
@@ -45,7 +47,8 @@ def run(context: StageContext) -> dict[str, object]:
     digests = {r["name"]: r["digest"] for r in read_lines(context.inputs["quantize"] / "layers.jsonl")}
     starts: dict[str, Start] = {}
     records: list[Record] = []
-    for block in walk_through(context, base, tokens):
+    beside = original if recipe.init.reconstruct != "none" else None
+    for block in walk_through(context, base, tokens, original=beside):
         layers = [
             InitLayer(target, get_linear(base.model, target.name), original.weight(target.name))
             for target in own.get(block.index, [])
@@ -54,7 +57,7 @@ def run(context: StageContext) -> dict[str, object]:
             layer.check(digests.get(layer.name), context.inputs["quantize"])
         kept = finished.records(block.index)
         if kept is None:
-            kept = _initialize_block(context, block, layers, finished)
+            kept = _initialize_block(context, base.model, block, layers, finished)
         records += kept
         tensors = finished.tensors(block.index)
         found = {layer.name: start_of(tensors, layer) for layer in layers}
@@ -88,24 +91,35 @@ def run(context: StageContext) -> dict[str, object]:
     return summary
 
 
-def _initialize_block(context: StageContext, block: Block, layers: list[InitLayer], finished: FinishedBlocks) -> list[Record]:
+def _initialize_block(
+    context: StageContext, model: nn.Module, block: Block, layers: list[InitLayer], finished: FinishedBlocks
+) -> list[Record]:
     """Initialise the layers of a block, keep their starts, and return its records."""
+    recipe = context.recipe
     grams = block.grams([layer.name for layer in layers])
-    tensors: dict[str, Tensor] = {}
-    records: list[Record] = []
+    starts: dict[str, Start] = {}
+    seconds: dict[str, float] = {}
     for layer in layers:
-        start, record = _initialize_layer(context, layer, grams[layer.name])
-        tensors |= start_tensors(layer.name, start)
-        records.append(record)
+        note_blocks(context, layer.shape[1])
+        started = time.monotonic()
+        initialize = initialize_sparse if recipe.adapter.method == "qwha" else initialize_low_rank
+        starts[layer.name] = initialize(recipe, layer, grams[layer.name])
+        seconds[layer.name] = time.monotonic() - started
+    errors: dict[str, float] = {}
+    if recipe.init.reconstruct != "none":
+        started = time.monotonic()
+        starts, errors = reconstruct_values(context, model, block, layers, starts)
+        seconds = {name: own + (time.monotonic() - started) / len(layers) for name, own in seconds.items()}
+    records = [
+        start_record(recipe, layer, starts[layer.name], grams[layer.name])
+        | errors
+        | {"seconds": round(seconds[layer.name], 4)}
+        | compared(recipe, layer, grams[layer.name])
+        for layer in layers
+    ]
+    tensors = {key: tensor for layer in layers for key, tensor in start_tensors(layer.name, starts[layer.name]).items()}
     finished.save(block.index, tensors, records)
     return records
-
-
-def _initialize_layer(context: StageContext, layer: InitLayer, gram: Gram) -> tuple[Start, Record]:
-    note_blocks(context, layer.shape[1])
-    if context.recipe.adapter.method == "qwha":
-        return initialize_sparse(context.recipe, layer, gram)
-    return initialize_low_rank(context.recipe, layer, gram)
 
 
 def _advance_corrected(

@@ -1,4 +1,4 @@
-"""The init stage's work on one layer when the adapter is a LoRA: factors from the quantization error, and the layer's record.
+"""The init stage's work on one layer when the adapter is a LoRA: factors from the quantization error.
 
 Everything is in the weight basis, whatever basis the codes are in: B A multiplies the inputs as they come.
 """
@@ -6,7 +6,6 @@ Everything is in the weight basis, whatever basis the codes are in: B A multipli
 from __future__ import annotations
 
 import dataclasses
-import time
 import zlib
 from collections.abc import Callable
 from typing import cast
@@ -14,10 +13,8 @@ from typing import cast
 import torch
 
 from qwha_cli import catalog
-from qwha_cli.artifacts.blocks import Record
 from qwha_cli.errors import NumericsError
 from qwha_cli.kernels.low_rank import LowRank
-from qwha_cli.quant.error import layer_error
 from qwha_cli.quant.gram import Gram
 from qwha_cli.recipe.schema import Recipe
 from qwha_cli.stages.init_layer import InitLayer
@@ -26,41 +23,32 @@ from qwha_cli.stages.init_sparse import init_options
 Factorize = Callable[..., LowRank]
 
 
-def initialize_low_rank(recipe: Recipe, layer: InitLayer, gram: Gram) -> tuple[LowRank, Record]:
+def initialize_low_rank(
+    recipe: Recipe, layer: InitLayer, gram: Gram, *, method: str | None = None, rank: int | None = None
+) -> LowRank:
     """Compute the factors of one layer.
 
     Args:
         recipe: Its sections adapter and init are read.
         layer: The layer.
         gram: Of the layer's inputs.
+        method: Another initializer than the recipe's.
+        rank: Another rank.
 
     Returns:
-        B A whose product with the adapter's scale is the update; the layer's line in layers.jsonl.
+        B A whose product with the adapter's scale is the update.
 
     Raises:
         NumericsError: The rank does not fit, or numbers that are not finite; with the layer's name.
     """
-    started = time.monotonic()
     options = init_options(recipe)
     weight = layer.weight.detach().to(device=gram.device, dtype=options.torch_dtype)
     base = layer.in_weight_basis(torch.float32).to(device=gram.device, dtype=options.torch_dtype)
-    factorize = cast(Factorize, catalog.load(catalog.LOW_RANK_INITIALIZERS[recipe.init.method]))
+    factorize = cast(Factorize, catalog.load(catalog.LOW_RANK_INITIALIZERS[method or recipe.init.method]))
     # one seed for all would give layers of one shape the same untrained factors
     own = dataclasses.replace(options, seed=zlib.crc32(f"{options.seed} {layer.name}".encode()))
     try:
-        factors = factorize(weight - base, gram.matrix, rank=recipe.adapter.rank, options=own)
+        factors = factorize(weight - base, gram.matrix, rank=rank or recipe.adapter.rank, options=own)
     except NumericsError as error:
         raise NumericsError(error.message, where=f"layer {layer.name}", remedy=error.remedy) from error
-    matrix = gram.matrix.to(options.torch_dtype)
-    record: Record = {
-        "name": layer.name,
-        "block": layer.target.block,
-        "projection": layer.target.projection,
-        "shape": list(layer.shape),
-        "rank": factors.rank,
-        "entries": factors.num_values,
-        "error_zero": layer_error(weight, base, matrix),
-        "error_after": layer_error(weight, base + factors.dense(base.dtype), matrix),
-        "seconds": round(time.monotonic() - started, 4),
-    }
-    return factors.divided(recipe.adapter.scale), record
+    return factors.divided(recipe.adapter.scale)

@@ -25,7 +25,8 @@ from qwha_cli.kernels.wht import wht
 from qwha_cli.models.load import LoadedModel, load
 from qwha_cli.models.stream import OpenModel, open_model
 from qwha_cli.models.targets import Target, decoder_blocks, find_targets
-from qwha_cli.models.walk import Block, walk
+from qwha_cli.models.walk import Block, Original, walk
+from qwha_cli.models.weights import Weights
 from qwha_cli.quant.checkpoint import assemble, tied_names
 from qwha_cli.quant.error import layer_error, sqnr_db
 from qwha_cli.quant.fingerprint import PackedLayer
@@ -35,6 +36,7 @@ from qwha_cli.quant.packed import PackedWeight, QuantFormat, QuantizerOptions, c
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.recipe.schema import Recipe
 from qwha_cli.stages.context import StageContext, write_lines
+from qwha_cli.stages.reconstruct import reconstruct_base
 
 Quantize = Callable[..., PackedWeight]
 
@@ -48,7 +50,8 @@ def run(context: StageContext) -> dict[str, object]:
     tokens = calibration(context, opened.tokenizer)
     finished = finished_blocks(context)
     records: list[Record] = []
-    for block in walk_through(context, opened, tokens):
+    beside = opened if recipe.quantize.reconstruct != "none" else None
+    for block in walk_through(context, opened, tokens, original=beside):
         kept = finished.records(block.index)
         if kept is None:
             kept = _quantize_block(context, opened, block, targets.get(block.index, []), finished)
@@ -90,11 +93,22 @@ def open_original(context: StageContext) -> OpenModel:
     return open_model(model.id, revision=model.revision, dtype=dtype, seed=context.recipe.seed)
 
 
-def walk_through(context: StageContext, opened: OpenModel, tokens: Tensor) -> Iterator[Block]:
-    """Walk through an opened model, on the context's device and in its number format."""
+def walk_through(context: StageContext, opened: OpenModel, tokens: Tensor, *, original: OpenModel | None) -> Iterator[Block]:
+    """Walk through an opened model, on the context's device, the 16-bit model beside it if given."""
     batch_size = context.recipe.quantize.calibration.batch_size
-    weights = None if opened.resident else opened.weights
-    return walk(opened.model, tokens, device=context.device, batch_size=batch_size, dtype=context.dtype, weights=weights)
+    return walk(
+        opened.model,
+        tokens,
+        device=context.device,
+        batch_size=batch_size,
+        dtype=context.dtype,
+        weights=_in_files(opened),
+        original=None if original is None else Original(original.model, _in_files(original)),
+    )
+
+
+def _in_files(opened: OpenModel) -> Weights | None:
+    return None if opened.resident else opened.weights
 
 
 def load_original(context: StageContext, *, dtype: torch.dtype | None) -> LoadedModel:
@@ -165,26 +179,45 @@ def _quantize_block(
     context: StageContext, opened: OpenModel, block: Block, targets: list[Target], finished: FinishedBlocks
 ) -> list[Record]:
     """Quantize the layers of a block, keep the block, and return its records."""
-    grams = block.grams([target.name for target in targets])
-    records = [_quantize_layer(context, opened, target, grams[target.name]) for target in targets]
+    grams = {name: _in_basis(context, gram) for name, gram in block.grams([target.name for target in targets]).items()}
+    seconds = {target.name: _quantize_layer(context, opened, target, grams[target.name]) for target in targets}
+    started = time.monotonic()
+    errors = reconstruct_base(context, opened, block, targets) if context.recipe.quantize.reconstruct != "none" else {}
+    share = (time.monotonic() - started) / max(1, len(targets))
+    records = [_record(opened, target, grams[target.name], seconds=seconds[target.name] + share) | errors for target in targets]
     finished.save(block.index, _block_tensors(context, opened, block), records)
     return records
 
 
-def _quantize_layer(context: StageContext, opened: OpenModel, target: Target, gram: Gram) -> Record:
-    """Replace one linear by its quantized form and return its record."""
+def _in_basis(context: StageContext, gram: Gram) -> Gram:
+    """The Gram matrix in the basis that the codes will be in."""
+    return gram.in_hadamard_basis() if context.recipe.quantize.basis == "hadamard" else gram
+
+
+def _weight(opened: OpenModel, name: str, gram: Gram, basis: str) -> Tensor:
+    """The 16-bit weight float32 (out, in) in the codes' basis, where the Gram matrix is."""
+    weight = opened.weight(name).to(device=gram.device, dtype=torch.float32)
+    return wht(weight) if basis == "hadamard" else weight
+
+
+def _quantize_layer(context: StageContext, opened: OpenModel, target: Target, gram: Gram) -> float:
+    """Replace one linear by its quantized form and return the seconds it took."""
     started = time.monotonic()
     recipe = context.recipe
-    linear = get_linear(opened.model, target.name)
-    weight = linear.weight.detach().to(device=gram.device, dtype=torch.float32)
     gram.check_finite(target.name)
     if recipe.quantize.basis == "hadamard":
-        note_blocks(context, linear.in_features)
-        weight, gram = wht(weight), gram.in_hadamard_basis()
+        note_blocks(context, get_linear(opened.model, target.name).in_features)
     quantize = cast(Quantize, catalog.load(catalog.QUANTIZERS[recipe.quantize.method]))
-    packed = quantize(weight, gram, options=_options(recipe), name=target.name)
-    approximation = packed.dequantize(torch.float32)
-    _put(opened, target.name, packed)
+    weight = _weight(opened, target.name, gram, recipe.quantize.basis)
+    _put(opened, target.name, quantize(weight, gram, options=_options(recipe), name=target.name))
+    return time.monotonic() - started
+
+
+def _record(opened: OpenModel, target: Target, gram: Gram, *, seconds: float) -> Record:
+    """The line of a quantized layer in layers.jsonl."""
+    layer = cast(QuantizedLinear, get_linear(opened.model, target.name))
+    packed = layer.packed()
+    weight, approximation = _weight(opened, target.name, gram, layer.basis), packed.dequantize(torch.float32)
     return {
         "name": target.name,
         "block": target.block,
@@ -194,7 +227,7 @@ def _quantize_layer(context: StageContext, opened: OpenModel, target: Target, gr
         "sqnr_db": sqnr_db(weight, approximation),
         "bits_per_weight": packed.bits_per_weight(),
         "digest": packed.digest(),
-        "seconds": round(time.monotonic() - started, 4),
+        "seconds": round(seconds, 4),
     }
 
 
