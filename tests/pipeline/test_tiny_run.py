@@ -16,10 +16,13 @@ from safetensors.torch import load_file
 from qwha_cli.adapters.build import adapted_layers, load_adapter
 from qwha_cli.artifacts.store import verify
 from qwha_cli.errors import GateError, ModelError
-from qwha_cli.initializers.refine import residual_error
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.quant.checkpoint import load_base
+from qwha_cli.quant.gram import Gram
 from qwha_cli.recipe.load import load_recipe
+from qwha_cli.recipe.schema import Recipe
+from qwha_cli.stages import init_record
+from qwha_cli.stages.init_layer import InitLayer
 from qwha_cli.stages.plan import FOLDERS, plan
 from qwha_cli.stages.runner import RunResult, run_stages
 from support.recording import RecordingEvents
@@ -112,11 +115,13 @@ def test_the_stored_bits_are_those_of_the_files(finished: Path) -> None:
 def test_init_measures_its_errors_on_the_values_that_it_stores(copied: Path, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     measured: list[SparseRows] = []
 
-    def spy(delta: torch.Tensor, rows: SparseRows, gram: torch.Tensor) -> float:
-        measured.append(rows)
-        return residual_error(delta, rows, gram)
+    def spy(recipe: Recipe, layer: InitLayer, start: SparseRows | None, gram: Gram) -> float:
+        if start is not None:
+            measured.append(start)
+        return error(recipe, layer, start, gram)
 
-    monkeypatch.setattr("qwha_cli.stages.init.residual_error", spy)
+    error = init_record._error
+    monkeypatch.setattr(init_record, "_error", spy)
     run(copied, f"adapter.store={store}", "adapter.scale=0.3", until="init")
     folder = next(copied.iterdir())
     names = [json.loads(line)["name"] for line in (folder / "2-init" / "layers.jsonl").read_text().splitlines()]
@@ -126,7 +131,7 @@ def test_init_measures_its_errors_on_the_values_that_it_stores(copied: Path, mon
     for name, rows in zip(names, measured, strict=True):
         stored = layers[name].rows("default")
         assert torch.equal(rows.columns.cpu(), stored.columns)
-        assert torch.equal(rows.values.cpu(), stored.values * 0.3)
+        assert torch.equal(rows.values.cpu(), stored.values)
         assert torch.equal(stored.values.bfloat16().float(), stored.values) == (store == "bfloat16")
 
 
@@ -214,7 +219,7 @@ def test_group_size_that_does_not_divide_is_refused_with_the_layer_and_leaves_no
 
 
 def test_worse_than_zero_stops_the_run_unless_the_gate_is_off(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwha_cli.stages.init.residual_error", lambda *a, **k: 1e9)
+    monkeypatch.setattr(init_record, "_error", lambda recipe, layer, start, gram: 1.0 if start is None else 1e9)
     with pytest.raises(GateError, match="14 of 14 layers are worse than with a zero adapter") as caught:
         run(copied, "init.damping=0.02", until="init")
     assert caught.value.exit_code == 1

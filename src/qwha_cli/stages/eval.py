@@ -22,7 +22,6 @@ from qwha_cli.artifacts.manifest import digest
 from qwha_cli.artifacts.store import write_atomically
 from qwha_cli.data.example import Example
 from qwha_cli.evaluation.answers import answer_perplexity, exact_match
-from qwha_cli.evaluation.harness import TaskRequest, run_tasks
 from qwha_cli.evaluation.perplexity import text_perplexity
 from qwha_cli.models.load import load_tokenizer
 from qwha_cli.quant.checkpoint import load_base
@@ -182,6 +181,9 @@ class _Measurements:
         if name == "exact_match":
             return self._exact_match()
         task = next(t for t in settings.tasks if t.name == name.removeprefix("task:"))
+        # the harness takes seconds to import, and the other stages share a process with this one
+        from qwha_cli.evaluation.harness import TaskRequest, run_tasks
+
         request = TaskRequest(
             name=task.name,
             shots=task.shots,

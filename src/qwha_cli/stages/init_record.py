@@ -83,7 +83,7 @@ def _entries(start: Start) -> Record:
 def _error(recipe: Recipe, layer: InitLayer, start: Start | None, gram: Gram) -> float:
     """Of the layer with a start, in the Hadamard basis, where both the codes and F are cheap; a LoRA in its own."""
     dtype = init_options(recipe).torch_dtype
-    low_rank = isinstance(start, LowRank)
+    low_rank = isinstance(start, LowRank) or (start is None and recipe.adapter.method == "lora")
     weight = layer.weight.detach().to(device=gram.device, dtype=dtype)
     base: Tensor = layer.in_weight_basis(torch.float32) if low_rank else layer.dense(torch.float32)
     base = base.to(device=gram.device, dtype=dtype)

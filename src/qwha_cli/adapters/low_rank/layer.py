@@ -89,9 +89,11 @@ class LowRankLinear(AdaptedLinear, LoraLayer):
         wanted = (self.out_features, self.in_features, self.factors(adapter_name).rank)
         if found != wanted:
             raise ArtifactError(f"factors of (out, in, rank) {found} for a layer of {wanted}")
-        with torch.no_grad():
-            self._a(adapter_name).copy_(factors.a)
-            self._b(adapter_name).copy_(factors.b)
+        for holder, factor in ((self.lora_A, factors.a), (self.lora_B, factors.b)):
+            linear = cast(nn.Linear, holder[adapter_name])
+            # a new tensor: on a base whose codes are still on the disk peft has left the old one without memory
+            own = factor.detach().to(device_of(self.base_layer), torch.float32).clone()
+            linear.weight = nn.Parameter(own, requires_grad=linear.weight.requires_grad)
 
     def _a(self, adapter_name: str) -> Tensor:
         return cast(nn.Linear, self.lora_A[adapter_name]).weight
