@@ -27,10 +27,20 @@ class GramAccumulator:
         layers: Name to module; a module is given its input as first argument, (..., in_features).
         dtype: Of the sums, float32 or float64. Products of half-precision inputs are exact in it, on a GPU too: a sum rounded to
             bfloat16 would lose the small eigenvalues that GPTQ's factorisation needs.
+        token_weights: Name to w (samples, length), so that the sum is Σ_t w_t x_t x_tᵀ; None for ones. Layers with a common input
+            get the mean of theirs.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        *,
+        dtype: torch.dtype = torch.float32,
+        token_weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._layers = dict(layers)
+        self._token_weights = token_weights
+        self._seen_samples = 0
         self._dtype = dtype
         self._grams: dict[str, Tensor] = {}  # leader -> sum
         self._leader: dict[str, str] = {}  # layer -> the first layer that had the same input
@@ -50,8 +60,31 @@ class GramAccumulator:
         self._inputs.clear()
 
     def next_batch(self) -> None:
-        """Say that one forward pass is over; inputs of the next are compared among themselves only."""
+        """Say that one forward pass is over: its inputs are added up; those of the next are compared among themselves."""
+        samples = 0
+        for leader in [name for name in self._inputs if self._leader[name] == name]:
+            value = self._inputs[leader]
+            samples = value.shape[0]
+            # no autocast here: it would turn the product back into half precision
+            with torch.autocast(value.device.type, enabled=False):
+                self._add(leader, value.detach())
+        self._seen_samples += samples
         self._inputs.clear()
+
+    def _add(self, leader: str, value: Tensor) -> None:
+        rows = value.reshape(-1, value.shape[-1])
+        if self._token_weights is not None:
+            members = [self._token_weights[name] for name in self._inputs if self._leader[name] == leader]
+            own = torch.stack(members)[:, self._seen_samples : self._seen_samples + value.shape[0]].mean(0)
+            rows = (rows * own.to(rows.device).reshape(-1, 1).sqrt()).to(rows.dtype)
+        if leader not in self._grams:
+            self._grams[leader] = torch.zeros((rows.shape[1], rows.shape[1]), dtype=self._dtype, device=rows.device)
+        if rows.dtype in _HALF and rows.device.type == "cuda" and self._dtype == torch.float32:
+            # the tensor cores multiply half precision exactly and sum in float32, eight times as fast as float32 itself
+            self._grams[leader] += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        else:
+            rows = rows.to(self._dtype)
+            self._grams[leader].addmm_(rows.T, rows)
 
     def result(self) -> dict[str, Gram]:
         """Layer name to its Gram; layers with a common input get the same object.
@@ -70,24 +103,11 @@ class GramAccumulator:
         return {name: grams[self._leader[name]] for name in self._layers}
 
     def see(self, name: str, value: Tensor) -> None:
-        """Add one layer's input, (..., in_features)."""
+        """Note one layer's input, (..., in_features); with token weights (samples, length, in_features)."""
         if name not in self._leader:
             same = next((other for other, seen in self._inputs.items() if seen is value), name)
             self._leader[name] = self._leader.get(same, name)
         self._inputs[name] = value
-        if self._leader[name] != name:
-            return
-        # no autocast here: it would turn the product back into half precision
-        with torch.autocast(value.device.type, enabled=False):
-            rows = value.detach().reshape(-1, value.shape[-1])
-            if name not in self._grams:
-                self._grams[name] = torch.zeros((rows.shape[1], rows.shape[1]), dtype=self._dtype, device=rows.device)
-            if rows.dtype in _HALF and rows.device.type == "cuda" and self._dtype == torch.float32:
-                # the tensor cores multiply half precision exactly and sum in float32, eight times as fast as float32 itself
-                self._grams[name] += torch.mm(rows.T, rows, out_dtype=torch.float32)
-            else:
-                rows = rows.to(self._dtype)
-                self._grams[name].addmm_(rows.T, rows)
 
 
 class _Hook:

@@ -50,6 +50,10 @@ class OpenModel:
         """A linear layer's weight (out, in), on the CPU, as stored; not to be written to."""
         return self.weights.read(f"{layer}.weight")
 
+    def shape(self, layer: str) -> tuple[int, int]:
+        """A linear layer's (out, in)."""
+        return cast("tuple[int, int]", tuple(self.model.get_parameter(f"{layer}.weight").shape))
+
     def num_parameters(self) -> int:
         """How many parameters the model has; tied ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())

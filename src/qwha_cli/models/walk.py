@@ -13,8 +13,8 @@ What a block is called with besides hidden states is recorded beforehand, see re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -115,12 +115,46 @@ class Block:
         """The block's output of one batch as it is now (samples, length, hidden), on the compute device, differentiable."""
         return self._walk.call(self.module, self.index, self._walk.hidden[batch])
 
-    def grams(self, names: Sequence[str], *, dtype: torch.dtype = torch.float32) -> dict[str, Gram]:
+    def call(self, hidden: Tensor) -> Tensor:
+        """What the block makes of a batch of hidden states (samples, length, hidden), on the compute device, differentiable."""
+        return self._walk.call(self.module, self.index, hidden)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The number format that the walk computes in."""
+        return self._walk.autocast()
+
+    @contextmanager
+    def present(self) -> Generator[None]:
+        """While it lasts, the block is on the compute device, also when its turn is over."""
+        self._place.enter()
+        try:
+            yield
+        finally:
+            self._place.leave()
+
+    @contextmanager
+    def outside(self, model: nn.Module, weights: Weights | None) -> Generator[None]:
+        """While it lasts, a whole model is on the compute device, from whose blocks the caller has taken the weights."""
+        place = _Place(model, "", self._walk, weights)
+        place.enter()
+        try:
+            yield
+        finally:
+            place.leave()
+
+    def grams(
+        self,
+        names: Sequence[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        token_weights: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Gram]:
         """XᵀX of the inputs of layers in this block, over all calibration tokens, by one pass through the block as it is now.
 
         Args:
             names: Full paths in the model, each inside this block.
             dtype: Of the sums, float32 or float64.
+            token_weights: Name to a weight for every token, (samples, length); None for one each.
 
         Returns:
             Name to Gram (in, in) on the compute device; layers with a common input share one object.
@@ -138,7 +172,7 @@ class Block:
         if not layers:
             return {}
         self._place.enter()
-        with GramAccumulator(layers, dtype=dtype) as accumulator:
+        with GramAccumulator(layers, dtype=dtype, token_weights=token_weights) as accumulator:
             for batch in range(len(self._walk.hidden)):
                 with torch.no_grad():
                     self.forward(batch)

@@ -66,7 +66,13 @@ class CalibrationSection(Section):
     ] = "train"
     samples: Annotated[Count, Field(description="Number of sequences.")] = 128
     length: Annotated[Count, Field(description="Tokens a sequence.")] = 2048
-    batch_size: Annotated[Count, Field(description="Sequences per forward; affects memory and speed only.")] = 8
+    batch_size: Annotated[
+        Count, Field(description="Sequences per forward: memory and speed, and the steps of a reconstruction.")
+    ] = 8
+    weighting: Annotated[
+        Literal["none", "gradient"],
+        Field(description="Tokens count by what the loss minds of an error in them (their squared gradient), or all alike."),
+    ] = "gradient"
 
     def faults(self) -> Iterator[Fault]:
         """Yield what cannot stand together in the calibration."""
@@ -191,6 +197,13 @@ class InitSection(Section):
             "taken as uncorrelated), `loftq` (of the weights), `zero`."
         ),
     ] = "pursuit"
+    budget: Annotated[
+        Literal["per_layer", "global"],
+        Field(
+            description="`global`: all layers of a `qwha` share their entries by what each would take off the loss; `per_layer`: "
+            "each has those of its rank."
+        ),
+    ] = "global"
     temperature: Annotated[
         NotNegative,
         Field(description="Exponent of a row's error when the budget is shared out; 0 shares it evenly."),

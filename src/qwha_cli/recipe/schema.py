@@ -53,6 +53,9 @@ class Recipe(Section):
         if kind == "lora" and self.init.reconstruct != "none":
             yield Fault(("init", "reconstruct"), "only the values of a qwha are reconstructed", "set init.reconstruct=none")
         starts, usual = (LOW_RANK_INITIALIZERS, "cloq") if kind == "lora" else (INITIALIZERS, "pursuit")
+        if self.init.budget == "global" and kind == "qwha" and self.quantize.calibration.weighting == "none":
+            hint = "set init.budget=per_layer, or quantize.calibration.weighting=gradient"
+            yield Fault(("init", "budget"), "a global budget needs what the loss minds, which is not measured", hint)
         if method in starts:
             return
         other = f", or adapter.method={'qwha' if kind == 'lora' else 'lora'}"

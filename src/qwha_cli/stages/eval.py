@@ -26,8 +26,8 @@ from qwha_cli.evaluation.perplexity import text_perplexity
 from qwha_cli.models.load import load_tokenizer
 from qwha_cli.quant.checkpoint import load_base
 from qwha_cli.quant.linear import QuantizedLinear
+from qwha_cli.stages.calibrated import load_original
 from qwha_cli.stages.context import StageContext
-from qwha_cli.stages.quantize import load_original
 from qwha_cli.stages.train import read_examples
 
 Measure = Callable[[], dict[str, object]]

@@ -18,6 +18,7 @@ from qwha_cli.adapters.build import Start, add_adapter, save_adapter
 from qwha_cli.adapters.size import size_summary
 from qwha_cli.artifacts.blocks import FinishedBlocks, Record
 from qwha_cli.errors import GateError
+from qwha_cli.models.sensitivity import Sensitivity
 from qwha_cli.models.stream import open_base
 from qwha_cli.models.targets import find_targets
 from qwha_cli.models.walk import Block
@@ -25,12 +26,21 @@ from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.report.entries import total_rows_by_entries
 from qwha_cli.report.plots import entries_histogram, layer_heatmap
+from qwha_cli.stages.calibrated import (
+    by_block,
+    calibration,
+    finished_blocks,
+    kept_sensitivity,
+    note_blocks,
+    open_original,
+    walk_through,
+)
 from qwha_cli.stages.context import StageContext, read_lines, write_lines
+from qwha_cli.stages.init_budget import budgets
 from qwha_cli.stages.init_layer import InitLayer, start_of, start_tensors
 from qwha_cli.stages.init_low_rank import initialize_low_rank
 from qwha_cli.stages.init_record import compared, start_record
 from qwha_cli.stages.init_sparse import initialize_sparse
-from qwha_cli.stages.quantize import by_block, calibration, finished_blocks, note_blocks, open_original, walk_through
 from qwha_cli.stages.reconstruct import reconstruct_values
 
 
@@ -44,7 +54,9 @@ def run(context: StageContext) -> dict[str, object]:
     own = by_block(targets)
     tokens = calibration(context, original.tokenizer)
     finished = finished_blocks(context)
-    digests = {r["name"]: r["digest"] for r in read_lines(context.inputs["quantize"] / "layers.jsonl")}
+    quantized = {cast(str, r["name"]): r for r in read_lines(context.inputs["quantize"] / "layers.jsonl")}
+    sensitivity = kept_sensitivity(context)
+    entries = budgets(recipe, {t.name: original.shape(t.name) for t in targets}, quantized, sensitivity)
     starts: dict[str, Start] = {}
     records: list[Record] = []
     beside = original if recipe.init.reconstruct != "none" else None
@@ -54,10 +66,10 @@ def run(context: StageContext) -> dict[str, object]:
             for target in own.get(block.index, [])
         ]
         for layer in layers:
-            layer.check(digests.get(layer.name), context.inputs["quantize"])
+            layer.check(quantized.get(layer.name, {}).get("digest"), context.inputs["quantize"])
         kept = finished.records(block.index)
         if kept is None:
-            kept = _initialize_block(context, base.model, block, layers, finished)
+            kept = _initialize_block(context, base.model, block, layers, finished, entries, sensitivity)
         records += kept
         tensors = finished.tensors(block.index)
         found = {layer.name: start_of(tensors, layer) for layer in layers}
@@ -77,12 +89,12 @@ def run(context: StageContext) -> dict[str, object]:
         store=recipe.adapter.store,
     )
     save_adapter(adapted, context.draft, base=str(context.inputs["quantize"]), fingerprint=base.fingerprint)
-    quantized = context.manifests["quantize"].results
+    of_base = context.manifests["quantize"].results
     summary |= size_summary(
         context.draft,
         entries=cast(int, summary["entries"]),
-        base_bits_per_weight=cast(float, quantized["bits_per_weight"]),
-        weights=cast(int, quantized["weights"]),
+        base_bits_per_weight=cast(float, of_base["bits_per_weight"]),
+        weights=cast(int, of_base["weights"]),
     )
     write_lines(context.draft / "layers.jsonl", records)
     layer_heatmap(records, "error_after", context.draft / "heatmap.png", title="Layer output error after initialisation")
@@ -92,29 +104,37 @@ def run(context: StageContext) -> dict[str, object]:
 
 
 def _initialize_block(
-    context: StageContext, model: nn.Module, block: Block, layers: list[InitLayer], finished: FinishedBlocks
+    context: StageContext,
+    model: nn.Module,
+    block: Block,
+    layers: list[InitLayer],
+    finished: FinishedBlocks,
+    entries: Mapping[str, int],
+    sensitivity: Sensitivity | None,
 ) -> list[Record]:
     """Initialise the layers of a block, keep their starts, and return its records."""
     recipe = context.recipe
-    grams = block.grams([layer.name for layer in layers])
+    grams = block.grams([layer.name for layer in layers], token_weights=sensitivity.tokens if sensitivity else None)
     starts: dict[str, Start] = {}
     seconds: dict[str, float] = {}
     for layer in layers:
         note_blocks(context, layer.shape[1])
         started = time.monotonic()
-        initialize = initialize_sparse if recipe.adapter.method == "qwha" else initialize_low_rank
-        starts[layer.name] = initialize(recipe, layer, grams[layer.name])
+        if recipe.adapter.method == "qwha":
+            starts[layer.name] = initialize_sparse(recipe, layer, grams[layer.name], entries=entries[layer.name])
+        else:
+            starts[layer.name] = initialize_low_rank(recipe, layer, grams[layer.name])
         seconds[layer.name] = time.monotonic() - started
     errors: dict[str, float] = {}
     if recipe.init.reconstruct != "none":
         started = time.monotonic()
-        starts, errors = reconstruct_values(context, model, block, layers, starts)
+        starts, errors = reconstruct_values(context, model, block, layers, starts, sensitivity)
         seconds = {name: own + (time.monotonic() - started) / len(layers) for name, own in seconds.items()}
     records = [
         start_record(recipe, layer, starts[layer.name], grams[layer.name])
         | errors
         | {"seconds": round(seconds[layer.name], 4)}
-        | compared(recipe, layer, grams[layer.name])
+        | compared(recipe, layer, grams[layer.name], entries=entries[layer.name])
         for layer in layers
     ]
     tensors = {key: tensor for layer in layers for key, tensor in start_tensors(layer.name, starts[layer.name]).items()}

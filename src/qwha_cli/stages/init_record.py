@@ -41,7 +41,7 @@ def start_record(recipe: Recipe, layer: InitLayer, start: Start, gram: Gram) -> 
     }
 
 
-def compared(recipe: Recipe, layer: InitLayer, gram: Gram) -> Record:
+def compared(recipe: Recipe, layer: InitLayer, gram: Gram, *, entries: int) -> Record:
     """The field `compare`: the errors of the initializers that `init.compare` names, on this layer and at its bytes on disk.
 
     A LoRA's numbers need no places, so at the bytes of a sparse adapter its rank is half as large again.
@@ -52,19 +52,19 @@ def compared(recipe: Recipe, layer: InitLayer, gram: Gram) -> Record:
         if method == "zero":
             start: Start | None = None
         elif method in INITIALIZERS:
-            entries = numbers_at_same_bytes(recipe, layer.shape, own=own, other="qwha")
-            start = initialize_sparse(recipe, layer, gram, method=method, entries=entries)
+            same = numbers_at_same_bytes(recipe, entries, own=own, other="qwha")
+            start = initialize_sparse(recipe, layer, gram, method=method, entries=same)
         else:
-            rank = numbers_at_same_bytes(recipe, layer.shape, own=own, other="lora") // sum(layer.shape)
-            start = initialize_low_rank(recipe, layer, gram, method=method, rank=min(*layer.shape, rank))
+            rank = numbers_at_same_bytes(recipe, entries, own=own, other="lora") // sum(layer.shape)
+            start = initialize_low_rank(recipe, layer, gram, method=method, rank=max(1, min(*layer.shape, rank)))
         rivals[method] = _error(recipe, layer, start, gram)
     return {"compare": rivals} if rivals else {}
 
 
-def numbers_at_same_bytes(recipe: Recipe, shape: tuple[int, int], *, own: Kind, other: Kind) -> int:
-    """How many entries, or numbers in both factors, another kind of adapter has at the bytes of the recipe's; rounded down."""
+def numbers_at_same_bytes(recipe: Recipe, entries: int, *, own: Kind, other: Kind) -> int:
+    """How many entries, or numbers in both factors, another kind of adapter has at the bytes of `entries`; rounded down."""
     bits = _BITS[recipe.adapter.store]
-    return recipe.adapter.rank * sum(shape) * bits[own] // bits[other]
+    return entries * bits[own] // bits[other]
 
 
 def _entries(start: Start) -> Record:

@@ -8,25 +8,22 @@ to the work folder at once, where a killed run finds it again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from qwha_cli import catalog
 from qwha_cli.artifacts.blocks import FinishedBlocks, Record
 from qwha_cli.artifacts.tensors import write_tensors
-from qwha_cli.data.calibration import calibration_tokens
-from qwha_cli.kernels.hadamard import plan as hadamard_plan
+from qwha_cli.initializers.global_budget import GAIN_DAMPING, measure_gains
 from qwha_cli.kernels.wht import wht
-from qwha_cli.models.load import LoadedModel, load
-from qwha_cli.models.stream import OpenModel, open_model
+from qwha_cli.models.sensitivity import Sensitivity
+from qwha_cli.models.stream import OpenModel
 from qwha_cli.models.targets import Target, decoder_blocks, find_targets
-from qwha_cli.models.walk import Block, Original, walk
-from qwha_cli.models.weights import Weights
+from qwha_cli.models.walk import Block
 from qwha_cli.quant.checkpoint import assemble, tied_names
 from qwha_cli.quant.error import layer_error, sqnr_db
 from qwha_cli.quant.fingerprint import PackedLayer
@@ -35,6 +32,15 @@ from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.packed import PackedWeight, QuantFormat, QuantizerOptions, check_group
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.recipe.schema import Recipe
+from qwha_cli.stages.calibrated import (
+    by_block,
+    calibration,
+    finished_blocks,
+    measured_sensitivity,
+    note_blocks,
+    open_original,
+    walk_through,
+)
 from qwha_cli.stages.context import StageContext, write_lines
 from qwha_cli.stages.reconstruct import reconstruct_base
 
@@ -48,13 +54,14 @@ def run(context: StageContext) -> dict[str, object]:
     targets = by_block(quantized_targets(opened.model, recipe))
     context.progress(0, 1, "reading calibration text")
     tokens = calibration(context, opened.tokenizer)
+    sensitivity = measured_sensitivity(context, opened, tokens)
     finished = finished_blocks(context)
     records: list[Record] = []
     beside = opened if recipe.quantize.reconstruct != "none" else None
     for block in walk_through(context, opened, tokens, original=beside):
         kept = finished.records(block.index)
         if kept is None:
-            kept = _quantize_block(context, opened, block, targets.get(block.index, []), finished)
+            kept = _quantize_block(context, opened, block, targets.get(block.index, []), finished, sensitivity)
         else:
             _restore_block(opened, block, finished.tensors(block.index), kept, format=_options(recipe).format)
         records += kept
@@ -74,70 +81,6 @@ def run(context: StageContext) -> dict[str, object]:
     )
     context.events.layers("quantize", records)
     return _summary(records, opened)
-
-
-def finished_blocks(context: StageContext) -> FinishedBlocks:
-    """What an earlier run of this stage finished, with a note if there is something."""
-    finished = FinishedBlocks(context.work)
-    if count := finished.count():
-        context.note(f"continued behind {count} blocks that an earlier run of this stage had finished")
-    return finished
-
-
-def open_original(context: StageContext) -> OpenModel:
-    """Open the recipe's 16-bit model for a walk."""
-    model = context.recipe.model
-    context.progress(0, 1, f"opening {model.id}")
-    # In the checkpoint's own format, so that what is not quantized is stored as it was; the walk computes in the context's.
-    dtype = None if model.dtype == "auto" else context.dtype
-    return open_model(model.id, revision=model.revision, dtype=dtype, seed=context.recipe.seed)
-
-
-def walk_through(context: StageContext, opened: OpenModel, tokens: Tensor, *, original: OpenModel | None) -> Iterator[Block]:
-    """Walk through an opened model, on the context's device, the 16-bit model beside it if given."""
-    batch_size = context.recipe.quantize.calibration.batch_size
-    return walk(
-        opened.model,
-        tokens,
-        device=context.device,
-        batch_size=batch_size,
-        dtype=context.dtype,
-        weights=_in_files(opened),
-        original=None if original is None else Original(original.model, _in_files(original)),
-    )
-
-
-def _in_files(opened: OpenModel) -> Weights | None:
-    return None if opened.resident else opened.weights
-
-
-def load_original(context: StageContext, *, dtype: torch.dtype | None) -> LoadedModel:
-    """Load the recipe's 16-bit model whole, on the CPU, in a number format; None for the checkpoint's own."""
-    model = context.recipe.model
-    context.progress(0, 1, f"loading {model.id}")
-    return load(model.id, revision=model.revision, dtype=dtype, seed=context.recipe.seed)
-
-
-def by_block(targets: list[Target]) -> dict[int, list[Target]]:
-    """Targets by the number of their block, with every block that there is."""
-    found: dict[int, list[Target]] = {index: [] for index in range(max(target.block for target in targets) + 1)}
-    for target in targets:
-        found[target.block].append(target)
-    return found
-
-
-def calibration(context: StageContext, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return the recipe's calibration tokens, int64 (samples, length)."""
-    settings = context.recipe.quantize.calibration
-    return calibration_tokens(
-        data=settings.data,
-        path=settings.path,
-        split=settings.split,
-        samples=settings.samples,
-        length=settings.length,
-        seed=context.recipe.seed,
-        tokenizer=tokenizer,
-    )
 
 
 def quantized_targets(model: nn.Module, recipe: Recipe) -> list[Target]:
@@ -168,23 +111,25 @@ def _options(recipe: Recipe) -> QuantizerOptions:
     )
 
 
-def note_blocks(context: StageContext, size: int) -> None:
-    """Say so where a transform is block-diagonal because no Hadamard matrix of its whole size is known."""
-    shape = hadamard_plan(size)
-    if not shape.exact:
-        context.note(f"no Hadamard matrix of order {size} is known here: {size // shape.block} blocks of {shape.block}")
-
-
 def _quantize_block(
-    context: StageContext, opened: OpenModel, block: Block, targets: list[Target], finished: FinishedBlocks
+    context: StageContext,
+    opened: OpenModel,
+    block: Block,
+    targets: list[Target],
+    finished: FinishedBlocks,
+    sensitivity: Sensitivity | None,
 ) -> list[Record]:
     """Quantize the layers of a block, keep the block, and return its records."""
-    grams = {name: _in_basis(context, gram) for name, gram in block.grams([target.name for target in targets]).items()}
+    weights = sensitivity.tokens if sensitivity else None
+    seen = block.grams([target.name for target in targets], token_weights=weights)
+    grams = {name: _in_basis(context, gram) for name, gram in seen.items()}
     seconds = {target.name: _quantize_layer(context, opened, target, grams[target.name]) for target in targets}
     started = time.monotonic()
-    errors = reconstruct_base(context, opened, block, targets) if context.recipe.quantize.reconstruct != "none" else {}
+    errors = (
+        reconstruct_base(context, opened, block, targets, sensitivity) if context.recipe.quantize.reconstruct != "none" else {}
+    )
     share = (time.monotonic() - started) / max(1, len(targets))
-    records = [_record(opened, target, grams[target.name], seconds=seconds[target.name] + share) | errors for target in targets]
+    records = [_record(opened, target, seen[target.name], seconds=seconds[target.name] + share) | errors for target in targets]
     finished.save(block.index, _block_tensors(context, opened, block), records)
     return records
 
@@ -217,16 +162,20 @@ def _record(opened: OpenModel, target: Target, gram: Gram, *, seconds: float) ->
     """The line of a quantized layer in layers.jsonl."""
     layer = cast(QuantizedLinear, get_linear(opened.model, target.name))
     packed = layer.packed()
+    own = gram.in_hadamard_basis() if layer.basis == "hadamard" else gram
     weight, approximation = _weight(opened, target.name, gram, layer.basis), packed.dequantize(torch.float32)
+    delta = weight - approximation
+    gains = measure_gains(delta if layer.basis == "hadamard" else wht(delta), gram.in_hadamard_basis().damped(GAIN_DAMPING))
     return {
         "name": target.name,
         "block": target.block,
         "projection": target.projection,
         "shape": list(weight.shape),
-        "error_ratio": layer_error(weight, approximation, gram.matrix),
+        "error_ratio": layer_error(weight, approximation, own.matrix),
         "sqnr_db": sqnr_db(weight, approximation),
         "bits_per_weight": packed.bits_per_weight(),
         "digest": packed.digest(),
+        "gains": gains.to_json(),
         "seconds": round(seconds, 4),
     }
 

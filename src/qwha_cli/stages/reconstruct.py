@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qwha_cli.adapters.build import Start, as_stored
 from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.wht import wht
+from qwha_cli.models.sensitivity import Sensitivity
 from qwha_cli.models.stream import OpenModel
 from qwha_cli.models.targets import Target
 from qwha_cli.models.walk import Block
@@ -35,7 +36,9 @@ Errors = dict[str, float]
 """`block_error_before` and `block_error`, of the block's output against the 16-bit model's."""
 
 
-def reconstruct_base(context: StageContext, opened: OpenModel, block: Block, targets: list[Target]) -> Errors:
+def reconstruct_base(
+    context: StageContext, opened: OpenModel, block: Block, targets: list[Target], sensitivity: Sensitivity | None
+) -> Errors:
     """Train the grids of a block's quantized layers, and with `full` their rounding; the better layers stay."""
     section = context.recipe.quantize
     names = [target.name for target in targets]
@@ -48,17 +51,24 @@ def reconstruct_base(context: StageContext, opened: OpenModel, block: Block, tar
             weight = wht(weight) if layer.basis == "hadamard" else weight
         layers[name] = TrainableQuantizedLinear(layer, weight=weight)
 
+    weights = _token_weights(block, sensitivity)
+
     def train() -> dict[str, nn.Module]:
         _put(opened.model, layers)
         rates = [pair for layer in layers.values() for pair in layer.learning_rates(grid=_GRID_RATE, rounding=_ROUNDING_RATE)]
-        reconstruct(block, rates, epochs=section.reconstruct_epochs, seed=context.recipe.seed)
+        reconstruct(block, rates, epochs=section.reconstruct_epochs, seed=context.recipe.seed, token_weights=weights)
         return {name: QuantizedLinear.from_packed(layer.packed(), layer.bias) for name, layer in layers.items()}
 
-    return _keep_the_better(opened.model, block, before, train)[0]
+    return _keep_the_better(opened.model, block, before, train, weights)[0]
 
 
 def reconstruct_values(
-    context: StageContext, model: nn.Module, block: Block, layers: list[InitLayer], starts: Mapping[str, Start]
+    context: StageContext,
+    model: nn.Module,
+    block: Block,
+    layers: list[InitLayer],
+    starts: Mapping[str, Start],
+    sensitivity: Sensitivity | None,
 ) -> tuple[dict[str, Start], Errors]:
     """Train the values of a block's sparse adapters on the frozen base; the model is left as it was.
 
@@ -76,32 +86,42 @@ def reconstruct_values(
         adapted[layer.name] = module
         rates.append((module.qwha_values[_ADAPTER], _VALUES_RATE * float(start.values.abs().mean())))
 
+    weights = _token_weights(block, sensitivity)
+
     def train() -> dict[str, nn.Module]:
-        reconstruct(block, rates, epochs=recipe.init.reconstruct_epochs, seed=recipe.seed)
+        reconstruct(block, rates, epochs=recipe.init.reconstruct_epochs, seed=recipe.seed, token_weights=weights)
         for module in adapted.values():
             spectral = cast(SpectralLinear, module)
             spectral.set_rows(_ADAPTER, as_stored(spectral.rows(_ADAPTER), recipe.adapter.store))
         return adapted
 
     _put(model, adapted)
-    errors, better = _keep_the_better(model, block, adapted, train)
+    errors, better = _keep_the_better(model, block, adapted, train, weights)
     found = {name: cast(SpectralLinear, module).rows(_ADAPTER) for name, module in adapted.items()} if better else dict(starts)
     _put(model, {layer.name: layer.module for layer in layers})
     return {**starts, **found}, errors
 
 
 def _keep_the_better(
-    model: nn.Module, block: Block, before: Mapping[str, nn.Module], train: Callable[[], Mapping[str, nn.Module]]
+    model: nn.Module,
+    block: Block,
+    before: Mapping[str, nn.Module],
+    train: Callable[[], Mapping[str, nn.Module]],
+    weights: Tensor | None,
 ) -> tuple[Errors, bool]:
     """Train, and put back what was there where that was better."""
-    error_before = block_error(block)
+    error_before = block_error(block, weights)
     trained = train()
     _put(model, trained)
-    error_after = block_error(block)
+    error_after = block_error(block, weights)
     better = error_after < error_before
     if not better:
         _put(model, before)
     return {"block_error_before": error_before, "block_error": error_after if better else error_before}, better
+
+
+def _token_weights(block: Block, sensitivity: Sensitivity | None) -> Tensor | None:
+    return None if sensitivity is None else sensitivity.tokens[block.name]
 
 
 def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

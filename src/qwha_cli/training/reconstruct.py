@@ -1,10 +1,11 @@
 """Block-wise reconstruction: train a few numbers of one decoder block until its output is the 16-bit model's again.
 
-    minimise  Σ ‖ f(h; θ) − t ‖²  /  Σ ‖ t ‖²
+    minimise  Σ_t w_t ‖ f(h_t; θ) − y_t ‖²  /  Σ_t w_t ‖ y_t ‖²
 
-h are the block's inputs in the compressed model, t the outputs of the same block of the 16-bit model, which ran on inputs of its
-own: what earlier blocks lost is made up for as far as this block can. Errors of the layers inside a block make up for each
-other too, which no layer's own error sees (BRECQ, Li et al. 2021; EfficientQAT, Chen et al. 2024).
+h are the block's inputs in the compressed model, y the outputs of the same block of the 16-bit model, which ran on inputs of its
+own: what earlier blocks lost is made up for as far as this block can. w is what the loss minds (models/sensitivity.py), or one.
+Errors of layers inside a block make up for each other too, which no layer's own error sees (BRECQ, Li et al. 2021; EfficientQAT,
+Chen et al. 2024).
 """
 
 from __future__ import annotations
@@ -22,14 +23,21 @@ _WARM_UP = 0.05
 _BETAS = (0.9, 0.95)
 
 
-def block_error(block: Block) -> float:
-    """The squared error of a block's output against the 16-bit model's, as a share of theirs."""
+def block_error(block: Block, token_weights: Tensor | None = None) -> float:
+    """The squared error of a block's outputs against the 16-bit model's, as a share of theirs.
+
+    Args:
+        block: In its turn, of a walk with an original.
+        token_weights: w (samples, length); None for ones.
+    """
     with torch.no_grad():
-        total = sum(_squared_error(block, batch).item() for batch in range(len(block.targets)))
-    return total / _scale(block)
+        total = sum(_squared_error(block, batch, token_weights).item() for batch in range(len(block.targets)))
+    return total / _scale(block, token_weights)
 
 
-def reconstruct(block: Block, parameters: Iterable[tuple[nn.Parameter, float]], *, epochs: int, seed: int) -> None:
+def reconstruct(
+    block: Block, parameters: Iterable[tuple[nn.Parameter, float]], *, epochs: int, seed: int, token_weights: Tensor | None = None
+) -> None:
     """Train parameters of layers that the caller has put into a block.
 
     Args:
@@ -37,6 +45,7 @@ def reconstruct(block: Block, parameters: Iterable[tuple[nn.Parameter, float]], 
         parameters: Each with its learning rate; Adam, a cosine down to zero.
         epochs: Passes over all calibration batches.
         seed: Of their order.
+        token_weights: w (samples, length); None for ones.
     """
     chosen = list(parameters)
     block.module.requires_grad_(False)
@@ -44,7 +53,7 @@ def reconstruct(block: Block, parameters: Iterable[tuple[nn.Parameter, float]], 
         parameter.requires_grad_(True)
     groups = [{"params": [parameter], "peak": rate} for parameter, rate in chosen]
     optimizer = torch.optim.Adam(groups, lr=0.0, betas=_BETAS)
-    batches, scale = len(block.targets), _scale(block) / len(block.targets)
+    batches, scale = len(block.targets), _scale(block, token_weights) / len(block.targets)
     order = torch.Generator().manual_seed(seed)
     step, total = 0, epochs * batches
     for _ in range(epochs):
@@ -53,16 +62,25 @@ def reconstruct(block: Block, parameters: Iterable[tuple[nn.Parameter, float]], 
                 group["lr"] = learning_rate(step, total=total, peak=group["peak"], schedule="cosine", warmup=_WARM_UP)
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad():
-                (_squared_error(block, batch) / scale).backward()
+                (_squared_error(block, batch, token_weights) / scale).backward()
             optimizer.step()
             step += 1
 
 
-def _squared_error(block: Block, batch: int) -> Tensor:
+def _squared_error(block: Block, batch: int, token_weights: Tensor | None) -> Tensor:
     target = block.targets[batch].to(block.device)
-    return (block.forward(batch).float() - target.float()).square().sum()
+    return _weighted((block.forward(batch).float() - target.float()).square().sum(-1), block, batch, token_weights).sum()
 
 
-def _scale(block: Block) -> float:
-    """Σ ‖ t ‖² over all batches."""
-    return sum(float(target.float().square().sum(dtype=torch.float64)) for target in block.targets)
+def _scale(block: Block, token_weights: Tensor | None) -> float:
+    """Σ w ‖ y ‖² over all batches."""
+    squares = (_weighted(y.float().square().sum(-1), block, batch, token_weights) for batch, y in enumerate(block.targets))
+    return sum(float(part.sum(dtype=torch.float64)) for part in squares)
+
+
+def _weighted(values: Tensor, block: Block, batch: int, token_weights: Tensor | None) -> Tensor:
+    """Values (samples, length) of one batch times their tokens' weights."""
+    if token_weights is None:
+        return values
+    first = sum(len(states) for states in block.targets[:batch])
+    return values * token_weights[first : first + len(values)].to(values)
