@@ -38,15 +38,17 @@ from qwha_cli.quant.swap import get_linear
 from qwha_cli.recipe.load import load_recipe
 from qwha_cli.stages.runner import run_stages
 
-PUBLISHED = {"method": "gptq", "basis": "weight", "zeros": "integer", "sweeps": 0, "damping": 0.01, "grid": "search"}
+EVEN = {"calibration": {"weighting": "none"}}
+PUBLISHED = {"method": "gptq", "basis": "weight", "zeros": "integer", "sweeps": 0, "damping": 0.01, "grid": "search", **EVEN}
 BASES: dict[str, dict[str, object]] = {
-    "RTN": {"method": "rtn", "basis": "weight", "zeros": "integer", "grid": "search"},
+    "RTN": {"method": "rtn", "basis": "weight", "zeros": "integer", "grid": "search", **EVEN},
     "GPTQ": PUBLISHED,
     "GPTQ, group 16": PUBLISHED | {"group_size": 16},
     "GPTQ, group 32": PUBLISHED | {"group_size": 32},
     "GPTQ, one bit more": PUBLISHED,
     "GPTQ of W H": PUBLISHED | {"basis": "hadamard"},
     "ours, weight": {"method": "gptq", "basis": "weight"},
+    "ours, even": {"method": "gptq", "basis": "hadamard", **EVEN},
     "ours": {"method": "gptq", "basis": "hadamard"},
     "ours, scales": {"method": "gptq", "basis": "hadamard", "reconstruct": "scales"},
     "ours, full": {"method": "gptq", "basis": "hadamard", "reconstruct": "full"},
@@ -69,7 +71,7 @@ class Row:
 
 
 def _start(base: str, method: str, label: str | None = None, *, same_bytes: bool = False, **init: object) -> Row:
-    return Row(base, label or method, {"method": method, **init}, same_bytes)
+    return Row(base, label or method, {"method": method, "budget": "per_layer", **init}, same_bytes)
 
 
 VALUES = {"reconstruct": "values"}
@@ -88,21 +90,24 @@ ROWS = [
     Row("GPTQ of W H"),
     _start("GPTQ of W H", "adaalloc"),
     _start("GPTQ of W H", "pursuit"),
+    Row("ours, even"),
+    _start("ours, even", "pursuit"),
     Row("ours, weight"),
     _start("ours, weight", "cloq"),
-    _start("ours, weight", "pursuit"),
+    _start("ours, weight", "pursuit", budget="global"),
     Row("ours"),
     _start("ours", "adaalloc"),
     _start("ours", "cloq"),
-    _start("ours", "pursuit"),
-    _start("ours", "pursuit", "pursuit, values", **VALUES),
+    _start("ours", "pursuit", "pursuit, per layer"),
+    _start("ours", "pursuit", budget="global"),
+    _start("ours", "pursuit", "pursuit, values", budget="global", **VALUES),
     Row("ours, scales"),
     _start("ours, scales", "cloq"),
-    _start("ours, scales", "pursuit"),
-    _start("ours, scales", "pursuit", "pursuit, values", **VALUES),
+    _start("ours, scales", "pursuit", budget="global"),
+    _start("ours, scales", "pursuit", "pursuit, values", budget="global", **VALUES),
     Row("ours, full"),
-    _start("ours, full", "pursuit"),
-    _start("ours, full", "pursuit", "pursuit, values", **VALUES),
+    _start("ours, full", "pursuit", budget="global"),
+    _start("ours, full", "pursuit", "pursuit, values", budget="global", **VALUES),
 ]
 
 
@@ -174,10 +179,15 @@ class Bench:
         low_rank = row.init.get("method") in ("cloq", "qera", "loftq")
         adapter = {"rank": self.rank * 3 // 2 if row.same_bytes else self.rank, "method": "lora" if low_rank else "qwha"}
         tree = {
-            "name": "bench", "seed": a.seed, "output": str(self.work), "model": {"id": a.model, "device": self.device},
-            "quantize": quantize | {"calibration": calibration}, "adapter": adapter, "init": row.init | {"gate": False},
+            "name": "bench",
+            "seed": a.seed,
+            "output": str(self.work),
+            "model": {"id": a.model, "device": self.device},
+            "quantize": quantize | {"calibration": calibration | quantize.get("calibration", {})},
+            "adapter": adapter,
+            "init": {"budget": "per_layer", **row.init, "gate": False},
             "train": {"data": {"format": "synthetic"}, "steps": 1, "lr": 1e-4},
-        }  # fmt: skip
+        }
         path = self.work / "recipe.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(tree))
