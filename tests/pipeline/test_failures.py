@@ -134,7 +134,7 @@ def test_out_of_gpu_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def exhausted(*args: object, **kwargs: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("qwha_cli.stages.quantize.walk", exhausted)
+    monkeypatch.setattr("qwha_cli.stages.calibrated.walk", exhausted)
     code, error, text = fail(tmp_path)
     assert (code, error["code"]) == (1, "resource")
     assert "quantize.calibration.batch_size" in text

@@ -71,8 +71,10 @@ class CalibrationSection(Section):
     ] = 8
     weighting: Annotated[
         Literal["none", "gradient"],
-        Field(description="Tokens count by what the loss minds of an error in them (their squared gradient), or all alike."),
-    ] = "gradient"
+        Field(
+            description="`gradient`: tokens count by what the loss minds of errors in them (squared gradient); `none`: all alike."
+        ),
+    ] = "none"
 
     def faults(self) -> Iterator[Fault]:
         """Yield what cannot stand together in the calibration."""
@@ -203,7 +205,7 @@ class InitSection(Section):
             description="`global`: all layers of a `qwha` share their entries by what each would take off the loss; `per_layer`: "
             "each has those of its rank."
         ),
-    ] = "global"
+    ] = "per_layer"
     temperature: Annotated[
         NotNegative,
         Field(description="Exponent of a row's error when the budget is shared out; 0 shares it evenly."),
