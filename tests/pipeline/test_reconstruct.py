@@ -19,6 +19,7 @@ from qwha_cli.artifacts.store import verify
 from qwha_cli.data.calibration import calibration_tokens
 from qwha_cli.errors import RecipeError
 from qwha_cli.kernels.sparse_matmul import SparseRows
+from qwha_cli.kernels.wht import wht
 from qwha_cli.models.load import load
 from qwha_cli.models.walk import Block, Original, walk
 from qwha_cli.quant.checkpoint import load_base
@@ -175,6 +176,19 @@ def test_full_changes_some_codes_and_most_of_them_not(made: Make) -> None:
     for name, layer in plain.items():
         share = float((trained[name].packed().codes()[0] != layer.packed().codes()[0]).float().mean())
         assert 0 < share < 0.3, name
+
+
+def test_full_changes_codes_of_weights_that_nearly_fell_on_the_other_side(made: Make) -> None:
+    recipe = load_recipe("tiny-random", COMMON)
+    original = load(recipe.model.id, dtype=torch.float32, seed=recipe.seed).model
+    plain, trained = layers_of(made()), layers_of(made(FULL))
+    for name, layer in plain.items():
+        codes, scales, zeros = (part.float() for part in layer.packed().codes())
+        weight = wht(original.get_submodule(name).weight.detach()).view(*scales.shape, -1)
+        distance = (weight / scales.unsqueeze(-1) + zeros.unsqueeze(-1)).view_as(codes) - codes
+        moved = trained[name].packed().codes()[0].float() - codes
+        assert torch.equal(moved[moved != 0], distance[moved != 0].sign()), name
+        assert (distance[moved != 0].abs() > 0.3).all(), name
 
 
 def test_what_lies_outside_the_quantized_layers_is_not_touched(made: Make) -> None:

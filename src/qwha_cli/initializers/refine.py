@@ -193,6 +193,7 @@ def _solve(batch: _Batch, gram: Tensor, *, ridge: float, with_losses: bool) -> t
     losses = None
     if with_losses:
         identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device).expand_as(factor)
-        inverse_diagonal = torch.linalg.solve_triangular(factor, identity, upper=False).square().sum(dim=1)
+        # X L = I: from this side it takes half of the time on a CPU
+        inverse_diagonal = torch.linalg.solve_triangular(factor, identity, upper=False, left=False).square().sum(dim=1)
         losses = solved.square() / inverse_diagonal * valid
     return solved, losses
