@@ -310,8 +310,8 @@ def test_a_block_that_did_not_get_better_stays_as_it_was(made: Make, tmp_path: P
 
 
 def test_tokens_that_count_by_their_gradients_and_a_global_budget_are_reconstructed_too(tmp_path: Path) -> None:
-    usual = (*GPTQ, "quantize.calibration.weighting=gradient", "init.budget=global")
-    folder, _ = run(tmp_path, *usual, SCALES, VALUES, until="init")
+    weighted = (*GPTQ, "quantize.calibration.weighting=gradient", "init.budget=global")
+    folder, _ = run(tmp_path, *weighted, SCALES, VALUES, until="init")
     for stage in ("1-quantize", "2-init"):
         assert all(after < before for before, after in errors_of_blocks(lines(folder, stage)).values())
 
