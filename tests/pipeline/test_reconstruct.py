@@ -343,17 +343,12 @@ def _without(records: Records, *keys: str) -> Records:
     return [{key: value for key, value in record.items() if key not in keys} for record in records]
 
 
-EMPTY = pytest.mark.xfail(strict=True, raises=ValueError, reason="the optimizer of a block without layers has no parameters")
-
-
-@EMPTY
 def test_a_block_without_quantized_layers_is_passed_by(tmp_path: Path) -> None:
     folder, _ = run(tmp_path, SCALES, "quantize.exclude=[layers.0]", until="quantize")
     assert {record["block"] for record in lines(folder, "1-quantize")} == {1}
     assert all("block_error" in record for record in lines(folder, "1-quantize"))
 
 
-@EMPTY
 def test_a_block_without_adapters_is_passed_by(made: Make, tmp_path: Path) -> None:
     shutil.copytree(made(), tmp_path / made().name)
     folder, _ = run(tmp_path, VALUES, "adapter.exclude=[layers.1]", until="init")

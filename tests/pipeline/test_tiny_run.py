@@ -211,6 +211,19 @@ def test_every_method_and_basis_goes_through_quantize_and_init(tmp_path: Path, m
     assert max(errors) < 1
 
 
+@pytest.mark.parametrize("left", ["layers.0", "layers.1"])
+def test_a_whole_block_can_stay_in_16_bits_and_the_base_is_complete(tmp_path: Path, left: str) -> None:
+    run(tmp_path, f"quantize.exclude=[{left}]", "init.gate=false", until="init")
+    folder = next(tmp_path.iterdir())
+    records = [json.loads(line) for line in (folder / "1-quantize" / "layers.jsonl").read_text().splitlines()]
+    assert len(records) == 7
+    assert not any(left in record["name"] for record in records)
+    model = load_base(folder / "1-quantize", dtype=torch.float32)
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
+    errors = [json.loads(line) for line in (folder / "2-init" / "layers.jsonl").read_text().splitlines()]
+    assert {record["error_zero"] == 0 for record in errors if left in record["name"]} == {True}
+
+
 def test_group_size_that_does_not_divide_is_refused_with_the_layer_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"layer model\.layers\.0\.\S+: in_features \d+ is no multiple of group_size 64"):
         run(tmp_path, "quantize.group_size=64", until="quantize")

@@ -313,7 +313,6 @@ def test_each_kind_of_parameter_has_its_own_rate_and_all_are_offered(trained: st
     assert set(rates) == {id(parameter) for parameter in layer.parameters()}
 
 
-@pytest.mark.xfail(strict=True, reason="scales below 2^-14, which quantizers store, are raised to it from the start")
 @pytest.mark.parametrize("trained", TRAINED)
 def test_groups_of_tiny_weights_start_as_they_are_too(trained: str) -> None:
     weight = gaussian(*SHAPE)

@@ -22,8 +22,9 @@ from qwha_cli.quant.packed import PackedWeight
 
 # how far from its code a weight may start: at a half it would change sides with the first step
 _FARTHEST = 0.45
-# float16's smallest normal number
-_SMALLEST_SCALE = 2.0**-14
+# float16's smallest and largest numbers, within which a scale has to stay to be stored
+_SMALLEST_SCALE = 2.0**-24
+_LARGEST_SCALE = 65504.0
 
 
 class TrainableQuantizedLinear(nn.Module):
@@ -75,7 +76,7 @@ class TrainableQuantizedLinear(nn.Module):
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (out, groups, size), scales and zeros (out, groups), as they are used."""
-        scales = (self._of_buffer("_scales") * (1 + self.scale_change)).clamp(min=_SMALLEST_SCALE)
+        scales = (self._of_buffer("_scales") * (1 + self.scale_change)).clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
         codes = self._of_buffer("_codes") if self.rounding is None else self.rounding.clamp(0, (1 << self.format.bits) - 1)
         return _rounded(codes, 1.0) if self.rounding is not None else codes, scales, self._used_zeros()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qwha_cli.artifacts.blocks import FinishedBlocks
@@ -20,7 +20,7 @@ from qwha_cli.kernels.hadamard import plan as hadamard_plan
 from qwha_cli.models.load import LoadedModel, load
 from qwha_cli.models.sensitivity import Sensitivity, measure_sensitivity
 from qwha_cli.models.stream import OpenModel, open_model
-from qwha_cli.models.targets import Target
+from qwha_cli.models.targets import Target, decoder_blocks
 from qwha_cli.models.walk import Block, Original, walk
 from qwha_cli.models.weights import Weights
 from qwha_cli.stages.context import StageContext
@@ -72,9 +72,9 @@ def load_original(context: StageContext, *, dtype: torch.dtype | None) -> Loaded
     return load(model.id, revision=model.revision, dtype=dtype, seed=context.recipe.seed)
 
 
-def by_block(targets: list[Target]) -> dict[int, list[Target]]:
-    """Targets by the number of their block, with every block that there is."""
-    found: dict[int, list[Target]] = {index: [] for index in range(max(target.block for target in targets) + 1)}
+def by_block(model: nn.Module, targets: list[Target]) -> dict[int, list[Target]]:
+    """Targets by the number of their block, with every block that the model has."""
+    found: dict[int, list[Target]] = {index: [] for index in range(len(decoder_blocks(model)))}
     for target in targets:
         found[target.block].append(target)
     return found

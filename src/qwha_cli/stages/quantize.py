@@ -51,7 +51,7 @@ def run(context: StageContext) -> dict[str, object]:
     """Quantize the recipe's model and write it as a Hugging Face folder with layers.jsonl; return the summary."""
     recipe = context.recipe
     opened = open_original(context)
-    targets = by_block(quantized_targets(opened.model, recipe))
+    targets = by_block(opened.model, quantized_targets(opened.model, recipe))
     context.progress(0, 1, "reading calibration text")
     tokens = calibration(context, opened.tokenizer)
     sensitivity = measured_sensitivity(context, opened, tokens)

@@ -42,12 +42,14 @@ def reconstruct(
 
     Args:
         block: In its turn, of a walk with an original.
-        parameters: Each with its learning rate; Adam, a cosine down to zero.
+        parameters: Each with its learning rate; Adam, a cosine down to zero. Without any, nothing is done.
         epochs: Passes over all calibration batches.
         seed: Of their order.
         token_weights: w (samples, length); None for ones.
     """
     chosen = list(parameters)
+    if not chosen:
+        return
     block.module.requires_grad_(False)
     for parameter, _ in chosen:
         parameter.requires_grad_(True)
