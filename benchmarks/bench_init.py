@@ -27,6 +27,7 @@ import yaml
 
 from qwha_cli.adapters.build import cache_weights, load_adapter
 from qwha_cli.artifacts.manifest import read_manifest
+from qwha_cli.catalog import LOW_RANK_INITIALIZERS
 from qwha_cli.data.gsm8k import read as read_gsm8k
 from qwha_cli.evaluation.answers import answer_perplexity
 from qwha_cli.evaluation.perplexity import text_perplexity
@@ -63,6 +64,11 @@ class Row:
     start: str = "none"
     init: dict[str, object] = field(default_factory=dict)
     same_bytes: bool = False
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the start is that of a LoRA."""
+        return self.init.get("method") in LOW_RANK_INITIALIZERS
 
     @property
     def name(self) -> str:
@@ -176,8 +182,7 @@ class Bench:
             "length": a.length,
             "batch_size": a.batch_size,
         }
-        low_rank = row.init.get("method") in ("cloq", "qera", "loftq")
-        adapter = {"rank": self.rank * 3 // 2 if row.same_bytes else self.rank, "method": "lora" if low_rank else "qwha"}
+        adapter = {"rank": self.rank * 3 // 2 if row.same_bytes else self.rank, "method": "lora" if row.low_rank else "qwha"}
         tree = {
             "name": "bench",
             "seed": a.seed,
@@ -221,7 +226,7 @@ class Bench:
         else:
             start = read_manifest(init_folder)
             values = start.results["entries"]
-            adapter_bits = 16 * values / self.weights if "lora" in str(start.settings) else None
+            adapter_bits = 16 * values / self.weights if row.low_rank else None
             bits = base.results["bits_per_weight"] + adapter_bits if adapter_bits else start.results["bits_per_weight"]
             found |= {
                 "init_seconds": round(start.seconds, 1), "layer_error_mean": start.results["layer_error_mean"],

@@ -1,7 +1,7 @@
 """How long quantize and init take on a model of a real size, and how much memory: random weights, the product's own stages.
 
     python benchmarks/bench_init_time.py make  --shape llama-3.2-3b --folder /tmp/llama-3b
-    python benchmarks/bench_init_time.py run   --folder /tmp/llama-3b --samples 128 --length 2048
+    python benchmarks/bench_init_time.py run   --folder /tmp/llama-3b --text valid.txt --samples 128 --length 2048
     python benchmarks/bench_init_time.py steps
 
 `make` writes a checkpoint in shards, a block at a time, so that its size need not fit into memory. `run` prints seconds and peak

@@ -12,8 +12,9 @@ from qwha_cli.catalog import INITIALIZERS, load
 from qwha_cli.errors import NumericsError
 from qwha_cli.initializers import adaalloc, budget, pursuit, random, zero
 from qwha_cli.initializers.budget import InitOptions
-from qwha_cli.initializers.refine import refine, residual_error, row_errors
+from qwha_cli.initializers.refine import refine, row_errors
 from qwha_cli.kernels.sparse_matmul import SparseRows
+from support.residual import residual_error
 
 EXACT = InitOptions(dtype="float64", damping=1e-4)
 ALL = [adaalloc, pursuit, random, zero]

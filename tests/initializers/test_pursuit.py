@@ -10,8 +10,9 @@ from torch import Tensor
 
 from qwha_cli.initializers import adaalloc, pursuit
 from qwha_cli.initializers.budget import InitOptions
-from qwha_cli.initializers.refine import fit, refine, residual_error, row_errors
+from qwha_cli.initializers.refine import fit, refine, row_errors
 from qwha_cli.kernels.sparse_matmul import SparseRows
+from support.residual import residual_error
 
 F64 = {"dtype": "float64"}
 

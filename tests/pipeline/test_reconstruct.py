@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from qwha_cli.errors import RecipeError
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.wht import wht
 from qwha_cli.models.load import load
-from qwha_cli.models.walk import Block, Original, walk
+from qwha_cli.models.walk import Original, walk
 from qwha_cli.quant.checkpoint import load_base
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.recipe.load import load_recipe
@@ -29,7 +29,7 @@ from qwha_cli.stages import reconstruct as reconstruct_stage
 from qwha_cli.stages.init_record import numbers_at_same_bytes
 from qwha_cli.stages.plan import plan
 from qwha_cli.stages.runner import run_stages
-from qwha_cli.training.reconstruct import block_error
+from qwha_cli.training.reconstruct import Reconstruction
 from support.recording import RecordingEvents
 
 Records = list[dict[str, object]]
@@ -120,7 +120,7 @@ def measured(model: nn.Module) -> dict[int, float]:
         tokenizer=original.tokenizer,
     )
     beside = Original(original.model)
-    return {b.index: block_error(b) for b in walk(model, tokens, device="cpu", batch_size=2, original=beside)}
+    return {b.index: Reconstruction(b).error() for b in walk(model, tokens, device="cpu", batch_size=2, original=beside)}
 
 
 # ---- the base
@@ -247,12 +247,14 @@ def test_values_are_stored_and_judged_in_the_adapters_precision(
 ) -> None:
     judged: list[dict[str, torch.Tensor]] = []
 
-    def spy(block: Block, *args: object) -> float:
-        values = {name: p.detach().clone() for name, p in block.module.named_parameters() if "qwha_values" in name}
-        judged.append({f"{block.name}.{name}": value for name, value in values.items()})
-        return block_error(block, *args)
+    class Spy(Reconstruction):
+        def error(self) -> float:
+            block = self._block
+            values = {name: p.detach().clone() for name, p in block.module.named_parameters() if "qwha_values" in name}
+            judged.append({f"{block.name}.{name}": value for name, value in values.items()})
+            return super().error()
 
-    monkeypatch.setattr(reconstruct_stage, "block_error", spy)
+    monkeypatch.setattr(reconstruct_stage, "Reconstruction", Spy)
     shutil.copytree(made(), tmp_path / made().name)
     folder, _ = run(tmp_path, VALUES, f"adapter.store={store}", "adapter.scale=0.3", until="init")
     tensors = load_file(folder / "2-init" / "adapter_model.safetensors")
@@ -289,14 +291,15 @@ def test_what_is_reconstructed_and_how_long_decides_the_key_of_its_stage(tmp_pat
 # ---- what holds for both
 
 
-def _worsen(block: Block, parameters: Sequence[tuple[nn.Parameter, float]], **_: object) -> None:
-    with torch.no_grad():
-        for parameter, _rate in parameters:
-            parameter += 3.0
+class _Worsening(Reconstruction):
+    def train(self, parameters: Iterable[tuple[nn.Parameter, float]], *, epochs: int, seed: int) -> None:
+        with torch.no_grad():
+            for parameter, _rate in parameters:
+                parameter += 3.0
 
 
 def test_a_block_that_did_not_get_better_stays_as_it_was(made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct_stage, "reconstruct", _worsen)
+    monkeypatch.setattr(reconstruct_stage, "Reconstruction", _Worsening)
     folder, _ = run(tmp_path, FULL, VALUES, until="init")
     for stage in ("1-quantize", "2-init"):
         assert all(before == after for before, after in errors_of_blocks(lines(folder, stage)).values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -15,13 +15,22 @@ from qwha_cli.models.walk import Block, Original, walk
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.quant.trainable import TrainableQuantizedLinear
-from qwha_cli.training.reconstruct import block_error, reconstruct
+from qwha_cli.training.reconstruct import Reconstruction
 from support.quantized import options, run_quantizer
 from support.tiny_model import tiny_llama
 
+Parameters = Iterable[tuple[nn.Parameter, float]]
 Rates = list[tuple[nn.Parameter, float]]
 # five samples, two a batch: the last batch is smaller
 TOKENS = torch.randint(3, 250, (5, 16), generator=torch.Generator().manual_seed(1))
+
+
+def block_error(block: Block, token_weights: Tensor | None = None) -> float:
+    return Reconstruction(block, token_weights).error()
+
+
+def reconstruct(block: Block, parameters: Parameters, *, epochs: int, seed: int, token_weights: Tensor | None = None) -> None:
+    Reconstruction(block, token_weights).train(parameters, epochs=epochs, seed=seed)
 
 
 def blocks(model: PreTrainedModel, tokens: Tensor = TOKENS, dtype: torch.dtype = torch.float32) -> Iterator[Block]:

@@ -1,14 +1,16 @@
 """What both tuners do to a whole model: hand computed starts to its layers, leave frozen tensors out of DDP, end quantization.
 
 A tuner is what peft calls when an adapter is added, saved or merged; there is one for each kind of adapter (spectral/model.py,
-low_rank/model.py), each derived from a class of peft, so that what they share is functions.
+low_rank/model.py), each derived from a class of peft and from `MergingTuner`, which says what both do when merging.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from qwha_cli.adapters.adapted_linear import AdaptedLinear, adapted_layers
@@ -17,6 +19,34 @@ from qwha_cli.errors import ModelError
 from qwha_cli.quant.linear import QuantizedLinear
 
 _ADAPTER_PREFIXES = (".qwha_", ".lora_")
+
+
+class MergingTuner(BaseTuner):
+    """What peft calls on a tuner whose layers may be quantized; stands before peft's own class among the bases."""
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Tensors that DistributedDataParallel must leave alone."""
+        return _frozen_buffers(self)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in peft. A quantized layer makes way for a dense one in the model's dtype until `unmerge_adapter`."""
+        _hand_on_dtype(self.model)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:  # noqa: ANN401 - peft declares None but returns the model
+        ours = bool(adapted_layers(self.model))
+        _hand_on_dtype(self.model)
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge and ours:
+            _dequantize(self.model)
+        return self.model
 
 
 def check_names(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
@@ -35,7 +65,7 @@ def check_names(model: nn.Module, adapter_name: str, names: Iterable[str]) -> No
             )
 
 
-def frozen_buffers(tuner: nn.Module) -> list[str]:
+def _frozen_buffers(tuner: nn.Module) -> list[str]:
     """Tensors that DistributedDataParallel must leave alone, by every name that it may see them under.
 
     Places and codes never change, so broadcasting them is waste, and neither gloo nor NCCL can broadcast all: they know no int16.
@@ -59,14 +89,14 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-def hand_on_dtype(model: nn.Module) -> None:
+def _hand_on_dtype(model: nn.Module) -> None:
     """Tell every adapted layer the model's dtype: that of the dense weight that a quantized layer is merged into."""
     dtype = model_dtype(model)
     for layer in adapted_layers(model).values():
         layer.merge_dtype = dtype
 
 
-def dequantize(model: nn.Module) -> None:
+def _dequantize(model: nn.Module) -> None:
     """Replace what is still quantized after a merge, layers without an adapter, and remove every sign of a quantized model."""
     dtype = model_dtype(model)
     for parent in list(model.modules()):

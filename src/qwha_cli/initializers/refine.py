@@ -115,11 +115,6 @@ def row_errors(delta: Tensor, rows: SparseRows | None, gram: Tensor) -> Tensor:
     return ((rest @ gram.to(dtype)) * rest).sum(dim=1).clamp(min=0)
 
 
-def residual_error(delta: Tensor, rows: SparseRows | None, gram: Tensor) -> float:
-    """Squared output error of the whole layer, tr((D − F) G (D − F)ᵀ); F = 0 for rows = None."""
-    return float(row_errors(delta, rows, gram).sum(dtype=torch.float64))
-
-
 @dataclass(frozen=True, eq=False)
 class _Batch:
     """Rows of similar length, padded: what F should be at their places, and (D G) there; all (batch, width)."""

@@ -16,10 +16,12 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from qwha_cli.errors import ModelError
+from qwha_cli.kernels.wht import wht
 from qwha_cli.models.load import load, load_tokenizer, read_config, resolve
 from qwha_cli.models.targets import SUPPORTED, find_targets
 from qwha_cli.models.weights import FileWeights, MemoryWeights, Weights
 from qwha_cli.quant.checkpoint import check_config, tied_names
+from qwha_cli.quant.packed import Basis
 from qwha_cli.quant.transformers_plugin import QwhaQuantizationConfig, put_quantized_layers
 
 if TYPE_CHECKING:
@@ -49,6 +51,16 @@ class OpenModel:
     def weight(self, layer: str) -> Tensor:
         """A linear layer's weight (out, in), on the CPU, as stored; not to be written to."""
         return self.weights.read(f"{layer}.weight")
+
+    def weight_in(self, basis: Basis, layer: str, *, device: torch.device) -> Tensor:
+        """A linear layer's weight in a basis: float32 (out, in) on a device, W or W H; not to be written to."""
+        weight = self.weight(layer).to(device=device, dtype=torch.float32)
+        return wht(weight) if basis == "hadamard" else weight
+
+    @property
+    def in_files(self) -> Weights | None:
+        """Where a skeleton's weights are read; None for a model in memory."""
+        return None if self.resident else self.weights
 
     def shape(self, layer: str) -> tuple[int, int]:
         """A linear layer's (out, in)."""

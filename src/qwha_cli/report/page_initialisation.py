@@ -34,14 +34,15 @@ def initialisation_section(report: RunReport) -> Safe:
     pairs = [part for name, text in number_lines(report, found) for part in (element("dt", name), element("dd", text))]
     rivals = rival_rows(found)
     said, reason = verdict_texts(found)
+    worst = worst_rows(found)
     parts = [
         element("p", element("strong", said), f" {reason}"),
         scrolling(plain_table(RIVAL_TITLES, rivals, chosen=len(rivals) - 1), "Initializers"),
         element("p", rivals_caption(found), class_="caption"),
         element("dl", *pairs),
         *_pictures(found),
-        element("h3", f"The {len(worst_rows(found))} worst layers after initialisation"),
-        scrolling(plain_table(WORST_TITLES, worst_rows(found)), "Worst layers"),
+        element("h3", f"The {len(worst)} worst layers after initialisation"),
+        scrolling(plain_table(WORST_TITLES, worst), "Worst layers"),
     ]
     return section("Initialisation", *parts)
 

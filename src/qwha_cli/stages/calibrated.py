@@ -5,6 +5,7 @@ The text is weighted by what the loss minds, see models/sensitivity.py: measured
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from qwha_cli.models.sensitivity import Sensitivity, measure_sensitivity
 from qwha_cli.models.stream import OpenModel, open_model
 from qwha_cli.models.targets import Target, decoder_blocks
 from qwha_cli.models.walk import Block, Original, walk
-from qwha_cli.models.weights import Weights
 from qwha_cli.stages.context import StageContext
 
 # beside the model's own files: they would be taken for weights
@@ -55,14 +55,9 @@ def walk_through(context: StageContext, opened: OpenModel, tokens: Tensor, *, or
         device=context.device,
         batch_size=batch_size,
         dtype=context.dtype,
-        weights=in_files(opened),
-        original=None if original is None else Original(original.model, in_files(original)),
+        weights=opened.in_files,
+        original=None if original is None else Original(original.model, original.in_files),
     )
-
-
-def in_files(opened: OpenModel) -> Weights | None:
-    """Where a skeleton's weights are read; None for a model in memory."""
-    return None if opened.resident else opened.weights
 
 
 def load_original(context: StageContext, *, dtype: torch.dtype | None) -> LoadedModel:
@@ -107,16 +102,15 @@ def measured_sensitivity(context: StageContext, opened: OpenModel, tokens: Tenso
             device=context.device,
             batch_size=settings.batch_size,
             dtype=context.dtype,
-            weights=in_files(opened),
+            weights=opened.in_files,
             progress=lambda done, total: context.progress(done, total, "measuring what the loss minds"),
         )
         write_tensors(kept, found.to_tensors())
     place = context.draft / _SENSITIVITY
     place.parent.mkdir(parents=True, exist_ok=True)
-    tensors = read_tensors(kept)
-    write_tensors(place, tensors)
+    shutil.copyfile(kept, place)
     # as it comes back from the file, so that a run that was stopped gives the same
-    return Sensitivity.from_tensors(tensors)
+    return Sensitivity.from_tensors(read_tensors(kept))
 
 
 def kept_sensitivity(context: StageContext) -> Sensitivity | None:

@@ -62,8 +62,7 @@ def run(context: StageContext) -> dict[str, object]:
     beside = original if recipe.init.reconstruct != "none" else None
     for block in walk_through(context, base, tokens, original=beside):
         layers = [
-            InitLayer(target, get_linear(base.model, target.name), original.weight(target.name))
-            for target in own.get(block.index, [])
+            InitLayer(target, get_linear(base.model, target.name), original.weight(target.name)) for target in own[block.index]
         ]
         for layer in layers:
             layer.check(quantized.get(layer.name, {}).get("digest"), context.inputs["quantize"])
@@ -129,7 +128,8 @@ def _initialize_block(
     if recipe.init.reconstruct != "none":
         started = time.monotonic()
         starts, errors = reconstruct_values(context, model, block, layers, starts, sensitivity)
-        seconds = {name: own + (time.monotonic() - started) / len(layers) for name, own in seconds.items()}
+        share = (time.monotonic() - started) / max(1, len(layers))
+        seconds = {name: own + share for name, own in seconds.items()}
     records = [
         start_record(recipe, layer, starts[layer.name], grams[layer.name])
         | errors

@@ -17,6 +17,7 @@ from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.wht import wht
 from qwha_cli.models.targets import Target
 from qwha_cli.quant.linear import QuantizedLinear
+from qwha_cli.quant.packed import Basis
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class InitLayer:
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
-    def basis(self) -> str:
+    def basis(self) -> Basis:
         """Where the base's codes are."""
         return self.module.basis if isinstance(self.module, QuantizedLinear) else "weight"
 
@@ -67,25 +68,28 @@ class InitLayer:
             return self.module.dense(dtype)
         return cast(nn.Linear, self.module).weight.detach().to(dtype)
 
-    def in_weight_basis(self, dtype: torch.dtype) -> Tensor:
-        """The base's weight (out, in) in the weight basis."""
-        return wht(self.dense(dtype), transpose=True) if self.basis == "hadamard" else self.dense(dtype)
+    def pair(self, basis: Basis, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The 16-bit weight and the base's, (out, in) each, both in one basis; W H and Q̂, W and Q̂ Hᵀ, and so on."""
+        weight = self.weight.detach().to(device=device, dtype=dtype)
+        dense = self.dense(torch.float32)
+        if self.basis == "hadamard" and basis == "weight":
+            dense = wht(dense, transpose=True)
+        dense = dense.to(device=device, dtype=dtype)
+        if basis == "weight":
+            return weight, dense
+        return wht(weight), dense if self.basis == "hadamard" else wht(dense)
 
     def corrected(self, start: Start, *, scale: float, device: torch.device, dtype: torch.dtype) -> nn.Linear:
         """A plain linear layer that computes what the layer computes with its adapter."""
-        dense = self.dense(torch.float32).to(device)
-        start = start.to(device)
-        if self.basis == "hadamard":
-            dense = (
-                wht(dense + scale * start.dense(torch.float32), transpose=True)
-                if isinstance(start, SparseRows)
-                else wht(dense, transpose=True)
-            )
-        elif isinstance(start, SparseRows):
-            dense = dense + wht(scale * start.dense(torch.float32), transpose=True)
-        if isinstance(start, LowRank):
-            dense = dense + scale * start.dense(torch.float32)
-        return dense_linear(dense.to(dtype), getattr(self.module, "bias", None))
+        base = self.dense(torch.float32).to(device)
+        update = start.to(device).dense(torch.float32) * scale
+        # added where both are, so that one transform serves both
+        if self.basis == "hadamard" and isinstance(start, SparseRows):
+            merged = wht(base + update, transpose=True)
+        else:
+            base = wht(base, transpose=True) if self.basis == "hadamard" else base
+            merged = base + (wht(update, transpose=True) if isinstance(start, SparseRows) else update)
+        return dense_linear(merged.to(dtype), getattr(self.module, "bias", None))
 
 
 def start_tensors(name: str, start: Start) -> dict[str, Tensor]:

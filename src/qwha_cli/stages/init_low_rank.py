@@ -10,8 +10,6 @@ import zlib
 from collections.abc import Callable
 from typing import cast
 
-import torch
-
 from qwha_cli import catalog
 from qwha_cli.errors import NumericsError
 from qwha_cli.kernels.low_rank import LowRank
@@ -42,8 +40,7 @@ def initialize_low_rank(
         NumericsError: The rank does not fit, or numbers that are not finite; with the layer's name.
     """
     options = init_options(recipe)
-    weight = layer.weight.detach().to(device=gram.device, dtype=options.torch_dtype)
-    base = layer.in_weight_basis(torch.float32).to(device=gram.device, dtype=options.torch_dtype)
+    weight, base = layer.pair("weight", device=gram.device, dtype=options.torch_dtype)
     factorize = cast(Factorize, catalog.load(catalog.LOW_RANK_INITIALIZERS[method or recipe.init.method]))
     # one seed for all would give layers of one shape the same untrained factors
     own = dataclasses.replace(options, seed=zlib.crc32(f"{options.seed} {layer.name}".encode()))

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from qwha_cli.adapters.build import Start
 from qwha_cli.artifacts.blocks import Record
 from qwha_cli.catalog import INITIALIZERS
 from qwha_cli.kernels.low_rank import LowRank
-from qwha_cli.kernels.wht import wht
 from qwha_cli.quant.error import layer_error
 from qwha_cli.quant.gram import Gram
 from qwha_cli.recipe.schema import Recipe
@@ -84,12 +80,7 @@ def _error(recipe: Recipe, layer: InitLayer, start: Start | None, gram: Gram) ->
     """Of the layer with a start, in the Hadamard basis, where both the codes and F are cheap; a LoRA in its own."""
     dtype = init_options(recipe).torch_dtype
     low_rank = isinstance(start, LowRank) or (start is None and recipe.adapter.method == "lora")
-    weight = layer.weight.detach().to(device=gram.device, dtype=dtype)
-    base: Tensor = layer.in_weight_basis(torch.float32) if low_rank else layer.dense(torch.float32)
-    base = base.to(device=gram.device, dtype=dtype)
-    if not low_rank:
-        weight, base = wht(weight), base if layer.basis == "hadamard" else wht(base)
+    weight, base = layer.pair("weight" if low_rank else "hadamard", device=gram.device, dtype=dtype)
     if start is not None:
         base = base + recipe.adapter.scale * start.to(gram.device).dense(dtype)
-    matrix = (gram if low_rank else gram.in_hadamard_basis()).matrix.to(dtype)
-    return layer_error(weight, base, matrix)
+    return layer_error(weight, base, (gram if low_rank else gram.in_hadamard_basis()).matrix.to(dtype))

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-import torch
-
 from qwha_cli import catalog
 from qwha_cli.adapters.build import as_stored
 from qwha_cli.errors import NumericsError
 from qwha_cli.initializers.budget import InitOptions
 from qwha_cli.kernels.sparse_matmul import SparseRows
-from qwha_cli.kernels.wht import wht
 from qwha_cli.quant.gram import Gram
 from qwha_cli.recipe.schema import Recipe
 from qwha_cli.stages.init_layer import InitLayer
@@ -43,14 +40,12 @@ def initialize_sparse(
     """
     options = init_options(recipe)
     gram_h = gram.in_hadamard_basis().matrix.to(options.torch_dtype)
-    weight_h = wht(layer.weight.detach().to(device=gram.device, dtype=options.torch_dtype))
-    dense = layer.dense(torch.float32).to(device=gram.device, dtype=options.torch_dtype)
-    delta = weight_h - (dense if layer.basis == "hadamard" else wht(dense))
+    weight, base = layer.pair("hadamard", device=gram.device, dtype=options.torch_dtype)
     out_features, in_features = layer.shape
     budget = min(entries or recipe.adapter.rank * (in_features + out_features), in_features * out_features)
     initialize = cast(Initialize, catalog.load(catalog.INITIALIZERS[method or recipe.init.method]))
     try:
-        places = initialize(delta, gram_h, budget=budget, options=options)
+        places = initialize(weight - base, gram_h, budget=budget, options=options)
     except NumericsError as error:
         raise NumericsError(error.message, where=f"layer {layer.name}", remedy=error.remedy) from error
     return as_stored(places.with_values(places.values / recipe.adapter.scale), recipe.adapter.store)

@@ -61,7 +61,7 @@ def run(context: StageContext) -> dict[str, object]:
     for block in walk_through(context, opened, tokens, original=beside):
         kept = finished.records(block.index)
         if kept is None:
-            kept = _quantize_block(context, opened, block, targets.get(block.index, []), finished, sensitivity)
+            kept = _quantize_block(context, opened, block, targets[block.index], finished, sensitivity)
         else:
             _restore_block(opened, block, finished.tensors(block.index), kept, format=_options(recipe).format)
         records += kept
@@ -125,11 +125,15 @@ def _quantize_block(
     grams = {name: _in_basis(context, gram) for name, gram in seen.items()}
     seconds = {target.name: _quantize_layer(context, opened, target, grams[target.name]) for target in targets}
     started = time.monotonic()
-    errors = (
-        reconstruct_base(context, opened, block, targets, sensitivity) if context.recipe.quantize.reconstruct != "none" else {}
-    )
+    errors: Record = {}
+    if context.recipe.quantize.reconstruct != "none":
+        errors |= reconstruct_base(context, opened, block, targets, sensitivity)
     share = (time.monotonic() - started) / max(1, len(targets))
-    records = [_record(opened, target, seen[target.name], seconds=seconds[target.name] + share) | errors for target in targets]
+    records = [
+        _record(opened, target, seen[target.name], seconds=seconds[target.name] + share, with_gains=sensitivity is not None)
+        | errors
+        for target in targets
+    ]
     finished.save(block.index, _block_tensors(context, opened, block), records)
     return records
 
@@ -137,12 +141,6 @@ def _quantize_block(
 def _in_basis(context: StageContext, gram: Gram) -> Gram:
     """The Gram matrix in the basis that the codes will be in."""
     return gram.in_hadamard_basis() if context.recipe.quantize.basis == "hadamard" else gram
-
-
-def _weight(opened: OpenModel, name: str, gram: Gram, basis: str) -> Tensor:
-    """The 16-bit weight float32 (out, in) in the codes' basis, where the Gram matrix is."""
-    weight = opened.weight(name).to(device=gram.device, dtype=torch.float32)
-    return wht(weight) if basis == "hadamard" else weight
 
 
 def _quantize_layer(context: StageContext, opened: OpenModel, target: Target, gram: Gram) -> float:
@@ -153,20 +151,27 @@ def _quantize_layer(context: StageContext, opened: OpenModel, target: Target, gr
     if recipe.quantize.basis == "hadamard":
         note_blocks(context, get_linear(opened.model, target.name).in_features)
     quantize = cast(Quantize, catalog.load(catalog.QUANTIZERS[recipe.quantize.method]))
-    weight = _weight(opened, target.name, gram, recipe.quantize.basis)
+    weight = opened.weight_in(recipe.quantize.basis, target.name, device=gram.device)
     _put(opened, target.name, quantize(weight, gram, options=_options(recipe), name=target.name))
     return time.monotonic() - started
 
 
-def _record(opened: OpenModel, target: Target, gram: Gram, *, seconds: float) -> Record:
-    """The line of a quantized layer in layers.jsonl."""
+def _record(opened: OpenModel, target: Target, gram: Gram, *, seconds: float, with_gains: bool) -> Record:
+    """The line of a quantized layer in layers.jsonl.
+
+    Args:
+        opened: The 16-bit model with the quantized layer in its place.
+        target: The layer.
+        gram: Of its inputs, in the weight basis.
+        seconds: That it took.
+        with_gains: Whether a global budget may follow, which needs them.
+    """
     layer = cast(QuantizedLinear, get_linear(opened.model, target.name))
     packed = layer.packed()
+    weight = opened.weight_in(layer.basis, target.name, device=gram.device)
+    approximation = packed.dequantize(torch.float32)
     own = gram.in_hadamard_basis() if layer.basis == "hadamard" else gram
-    weight, approximation = _weight(opened, target.name, gram, layer.basis), packed.dequantize(torch.float32)
-    delta = weight - approximation
-    gains = measure_gains(delta if layer.basis == "hadamard" else wht(delta), gram.in_hadamard_basis().damped(GAIN_DAMPING))
-    return {
+    record: Record = {
         "name": target.name,
         "block": target.block,
         "projection": target.projection,
@@ -175,9 +180,13 @@ def _record(opened: OpenModel, target: Target, gram: Gram, *, seconds: float) ->
         "sqnr_db": sqnr_db(weight, approximation),
         "bits_per_weight": packed.bits_per_weight(),
         "digest": packed.digest(),
-        "gains": gains.to_json(),
         "seconds": round(seconds, 4),
     }
+    if with_gains:
+        delta = weight - approximation
+        delta = delta if layer.basis == "hadamard" else wht(delta)
+        record["gains"] = measure_gains(delta, gram.in_hadamard_basis().damped(GAIN_DAMPING)).to_json()
+    return record
 
 
 def _put(opened: OpenModel, name: str, packed: PackedWeight) -> None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qwha_cli.adapters.build import Start, as_stored
+from qwha_cli.adapters.build import ADAPTER, Start, as_stored
 from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.kernels.sparse_matmul import SparseRows
-from qwha_cli.kernels.wht import wht
 from qwha_cli.models.sensitivity import Sensitivity
 from qwha_cli.models.stream import OpenModel
 from qwha_cli.models.targets import Target
@@ -24,13 +22,12 @@ from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.quant.trainable import TrainableQuantizedLinear
 from qwha_cli.stages.context import StageContext
 from qwha_cli.stages.init_layer import InitLayer
-from qwha_cli.training.reconstruct import block_error, reconstruct
+from qwha_cli.training.reconstruct import Reconstruction
 
-# relative for scales and values, in codes for zeros and roundings: measured, see docs/decisions/
+# relative for scales and values, in codes for zeros and roundings; those that the measured runs had, no others were compared
 _GRID_RATE = 2e-3
 _ROUNDING_RATE = 5e-3
 _VALUES_RATE = 2e-3
-_ADAPTER = "default"
 
 Errors = dict[str, float]
 """`block_error_before` and `block_error`, of the block's output against the 16-bit model's."""
@@ -41,25 +38,23 @@ def reconstruct_base(
 ) -> Errors:
     """Train the grids of a block's quantized layers, and with `full` their rounding; the better layers stay."""
     section = context.recipe.quantize
-    names = [target.name for target in targets]
-    before = {name: cast(QuantizedLinear, get_linear(opened.model, name)) for name in names}
-    layers: dict[str, TrainableQuantizedLinear] = {}
-    for name, layer in before.items():
-        weight = None
-        if section.reconstruct == "full":
-            weight = opened.weight(name).to(device=block.device, dtype=torch.float32)
-            weight = wht(weight) if layer.basis == "hadamard" else weight
-        layers[name] = TrainableQuantizedLinear(layer, weight=weight)
+    before = {target.name: cast(QuantizedLinear, get_linear(opened.model, target.name)) for target in targets}
+    layers = {
+        name: TrainableQuantizedLinear(
+            layer,
+            weight=opened.weight_in(layer.basis, name, device=block.device) if section.reconstruct == "full" else None,
+        )
+        for name, layer in before.items()
+    }
+    reconstruction = _reconstruction(block, sensitivity)
 
-    weights = _token_weights(block, sensitivity)
-
-    def train() -> dict[str, nn.Module]:
+    def train() -> dict[str, QuantizedLinear]:
         _put(opened.model, layers)
         rates = [pair for layer in layers.values() for pair in layer.learning_rates(grid=_GRID_RATE, rounding=_ROUNDING_RATE)]
-        reconstruct(block, rates, epochs=section.reconstruct_epochs, seed=context.recipe.seed, token_weights=weights)
+        reconstruction.train(rates, epochs=section.reconstruct_epochs, seed=context.recipe.seed)
         return {name: QuantizedLinear.from_packed(layer.packed(), layer.bias) for name, layer in layers.items()}
 
-    return _keep_the_better(opened.model, block, before, train, weights)[0]
+    return _keep_the_better(opened.model, reconstruction, before, train)[0]
 
 
 def reconstruct_values(
@@ -76,52 +71,47 @@ def reconstruct_values(
         The starts as they will be stored, and the block's errors.
     """
     recipe = context.recipe
-    adapted: dict[str, nn.Module] = {}
+    adapted: dict[str, SpectralLinear] = {}
     rates: list[tuple[nn.Parameter, float]] = []
     for layer in layers:
         module = SpectralLinear(layer.module)
         start = cast(SparseRows, starts[layer.name])
-        module.update_layer(_ADAPTER, start=start, scale=recipe.adapter.scale, transform="wht")
+        module.update_layer(ADAPTER, start=start, scale=recipe.adapter.scale, transform="wht")
         module.keep = "speed"
         adapted[layer.name] = module
-        rates.append((module.qwha_values[_ADAPTER], _VALUES_RATE * float(start.values.abs().mean())))
+        rates.append((module.qwha_values[ADAPTER], _VALUES_RATE * float(start.values.abs().mean())))
+    reconstruction = _reconstruction(block, sensitivity)
 
-    weights = _token_weights(block, sensitivity)
-
-    def train() -> dict[str, nn.Module]:
-        reconstruct(block, rates, epochs=recipe.init.reconstruct_epochs, seed=recipe.seed, token_weights=weights)
+    def train() -> dict[str, SpectralLinear]:
+        reconstruction.train(rates, epochs=recipe.init.reconstruct_epochs, seed=recipe.seed)
         for module in adapted.values():
-            spectral = cast(SpectralLinear, module)
-            spectral.set_rows(_ADAPTER, as_stored(spectral.rows(_ADAPTER), recipe.adapter.store))
+            module.set_rows(ADAPTER, as_stored(module.rows(ADAPTER), recipe.adapter.store))
         return adapted
 
     _put(model, adapted)
-    errors, better = _keep_the_better(model, block, adapted, train, weights)
-    found = {name: cast(SpectralLinear, module).rows(_ADAPTER) for name, module in adapted.items()} if better else dict(starts)
+    errors, better = _keep_the_better(model, reconstruction, adapted, train)
     _put(model, {layer.name: layer.module for layer in layers})
-    return {**starts, **found}, errors
+    return {name: module.rows(ADAPTER) for name, module in adapted.items()} if better else dict(starts), errors
+
+
+def _reconstruction(block: Block, sensitivity: Sensitivity | None) -> Reconstruction:
+    return Reconstruction(block, None if sensitivity is None else sensitivity.tokens[block.name])
 
 
 def _keep_the_better(
     model: nn.Module,
-    block: Block,
+    reconstruction: Reconstruction,
     before: Mapping[str, nn.Module],
     train: Callable[[], Mapping[str, nn.Module]],
-    weights: Tensor | None,
 ) -> tuple[Errors, bool]:
     """Train, and put back what was there where that was better."""
-    error_before = block_error(block, weights)
-    trained = train()
-    _put(model, trained)
-    error_after = block_error(block, weights)
+    error_before = reconstruction.error()
+    _put(model, train())
+    error_after = reconstruction.error()
     better = error_after < error_before
     if not better:
         _put(model, before)
     return {"block_error_before": error_before, "block_error": error_after if better else error_before}, better
-
-
-def _token_weights(block: Block, sensitivity: Sensitivity | None) -> Tensor | None:
-    return None if sensitivity is None else sensitivity.tokens[block.name]
 
 
 def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -7,7 +7,7 @@ QuantizedLinear it does what peft's does; on one with, plain `PeftModel.from_pre
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
@@ -15,20 +15,20 @@ from torch import nn
 
 from qwha_cli.adapters.adapted_linear import adapted_layers
 from qwha_cli.adapters.low_rank.layer import LowRankLinear
-from qwha_cli.adapters.tuning import check_names, dequantize, frozen_buffers, hand_on_dtype
+from qwha_cli.adapters.tuning import MergingTuner, check_names
 from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.quant.linear import QuantizedLinear
 
 
-class LowRankModel(LoraModel):
+class LowRankModel(MergingTuner, LoraModel):
     """peft's tuner for the method "lora"; made by `get_peft_model`, not by hand."""
 
     # ---- adding
 
-    def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         if any(isinstance(module, QuantizedLinear) for module in model.modules()):
             use_our_layers(peft_config)
-        super()._prepare_model(peft_config, model)
+        super()._prepare_model(cast(LoraConfig, peft_config), model)
 
     def assign(self, adapter_name: str, factors: Mapping[str, LowRank]) -> None:
         """Give layers of an adapter their computed start.
@@ -45,32 +45,6 @@ class LowRankModel(LoraModel):
         layers = adapted_layers(self.model)
         for name, layer_factors in factors.items():
             cast(LowRankLinear, layers[name]).set_factors(adapter_name, layer_factors)
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Tensors that DistributedDataParallel must leave alone."""
-        return frozen_buffers(self)
-
-    # ---- merging
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in peft. A quantized layer makes way for a dense one in the model's dtype until `unmerge_adapter`."""
-        hand_on_dtype(self.model)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:  # noqa: ANN401 - peft declares None but returns the model
-        ours = bool(adapted_layers(self.model))
-        hand_on_dtype(self.model)
-        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if merge and ours:
-            dequantize(self.model)
-        return self.model
 
 
 def use_our_layers(config: PeftConfig) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from qwha_cli.adapters.adapted_linear import adapted_layers
@@ -20,7 +19,7 @@ from qwha_cli.adapters.provenance import base_fingerprint, check_base, check_tra
 from qwha_cli.adapters.spectral.config import Sizes, SpectralConfig, store_dtype
 from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.adapters.spectral.places import budget, random_rows
-from qwha_cli.adapters.tuning import check_names, dequantize, frozen_buffers, hand_on_dtype
+from qwha_cli.adapters.tuning import MergingTuner, check_names
 from qwha_cli.errors import ModelError
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.quant.linear import QuantizedLinear
@@ -29,7 +28,7 @@ ALL_LINEAR = "all-linear"
 _VALUES = ".qwha_values."
 
 
-class SpectralModel(BaseTuner):
+class SpectralModel(MergingTuner):
     """peft's tuner for the method "qwha"; made by `get_peft_model`, not by hand."""
 
     prefix = "qwha_"
@@ -122,31 +121,6 @@ class SpectralModel(BaseTuner):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         dtype = store_dtype(ours.store)
         return {name: tensor.to(dtype) if _VALUES in name else tensor for name, tensor in tensors.items()}
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Tensors that DistributedDataParallel must leave alone."""
-        return frozen_buffers(self)
-
-    # ---- merging
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in peft. A quantized layer makes way for a dense one in the model's dtype until `unmerge_adapter`."""
-        hand_on_dtype(self.model)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:  # noqa: ANN401 - peft declares None but returns the model
-        hand_on_dtype(self.model)
-        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if merge:
-            dequantize(self.model)
-        return self.model
 
 
 def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
