@@ -47,6 +47,15 @@ def test_every_tensor_is_found_in_files_and_shards_tied_ones_too(tmp_path: Path,
     assert torch.equal(opened.weight(name), model.get_submodule(name).weight)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_parameters_count_once_after_a_walk_too(tmp_path: Path, tied: bool) -> None:
+    model = tiny_llama(tie_word_embeddings=tied)
+    opened = open_model(str(saved(model, tmp_path)), dtype=None)
+    for _ in walk(opened.model, TOKENS, weights=opened.weights, device="cpu", batch_size=2, dtype=torch.float32):
+        pass
+    assert opened.num_parameters() == sum(p.numel() for p in model.parameters())
+
+
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_streamed_walk_is_a_walk_in_memory_to_the_bit(tmp_path: Path, build: type, dtype: torch.dtype) -> None:

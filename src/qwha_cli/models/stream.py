@@ -67,8 +67,9 @@ class OpenModel:
         return cast("tuple[int, int]", tuple(self.model.get_parameter(f"{layer}.weight").shape))
 
     def num_parameters(self) -> int:
-        """How many parameters the model has; tied ones once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """How many parameters the model has; tied ones once, also after a walk, which reads each name by itself."""
+        tied = tied_names(self.model)
+        return sum(p.numel() for name, p in self.model.named_parameters(remove_duplicate=False) if name not in tied)
 
 
 def open_model(model_id: str, *, revision: str | None = None, dtype: torch.dtype | None, seed: int = 0) -> OpenModel:
