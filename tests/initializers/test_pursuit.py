@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qwha_cli.initializers import adaalloc, pursuit
 from qwha_cli.initializers.budget import InitOptions
-from qwha_cli.initializers.refine import fit, refine, row_errors
+from qwha_cli.initializers.refine import refine, row_errors
+from qwha_cli.initializers.row_fit import RowFit
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from support.residual import residual_error
 
@@ -34,7 +35,7 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 def test_a_loss_is_what_the_row_loses_without_the_entry() -> None:
     delta, gram = problem(5, 24)
     rows = pursuit.initialize(delta, gram, budget=40, options=InitOptions(**F64))
-    values, losses = fit(delta, gram, rows, damping=0.1, dtype=torch.float64, with_losses=True)
+    values, losses = RowFit(delta, gram, damping=0.1, dtype=torch.float64).fit(rows, with_losses=True)
     assert losses is not None
     gram = damped(gram, 0.1)
     before = row_errors(delta, rows.with_values(values.double()), gram)
@@ -135,3 +136,23 @@ def test_gpu_and_cpu_choose_the_same_places_in_float64() -> None:
     there = pursuit.initialize(delta.cuda(), gram.cuda(), budget=460, options=InitOptions(**F64)).to("cpu")
     assert torch.equal(here.flat_index(), there.flat_index())
     torch.testing.assert_close(here.values, there.values)
+
+
+def test_values_are_the_same_with_and_without_losses_and_padding() -> None:
+    delta, gram = problem(7, 24)
+    mask = torch.zeros(7, 24, dtype=torch.bool)
+    for row, count in enumerate((0, 1, 24, 5, 2, 0, 11)):
+        mask[row, :count] = True
+    rows = SparseRows.from_mask(delta, mask)
+    row_fit = RowFit(delta, gram, damping=0.1, dtype=torch.float64)
+    values, nothing = row_fit.fit(rows)
+    same, losses = row_fit.fit(rows, with_losses=True)
+    assert nothing is None
+    assert losses is not None
+    assert losses.shape == values.shape
+    assert torch.allclose(values, same, rtol=1e-5)
+    ridged = damped(gram, 0.1)
+    for row in range(7):
+        at = mask[row].nonzero()[:, 0]
+        exact = torch.linalg.solve(ridged[at][:, at], (delta[row] @ ridged)[at])
+        assert torch.allclose(rows.with_values(values.double()).dense()[row, at], exact, rtol=1e-5)

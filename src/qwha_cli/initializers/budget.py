@@ -44,7 +44,7 @@ class InitOptions:
     min_per_row: int = 2
     selection: Literal["magnitude"] = "magnitude"
     seed: int = 0
-    stages: int = 8
+    stages: int = 3
     exchanges: int = 8
     tolerance: float = 5e-3
     dtype: Literal["float32", "float64"] = "float32"

@@ -22,13 +22,15 @@ import torch
 from torch import Tensor
 
 from qwha_cli.initializers.budget import InitOptions, check_budget, select
-from qwha_cli.initializers.refine import fit, refine
+from qwha_cli.initializers.refine import never_worse
+from qwha_cli.initializers.row_fit import RowFit
 from qwha_cli.kernels.sparse_matmul import SparseRows
+from qwha_cli.kernels.split_matmul import SplitMatrix
 
 # what the calibration text does not show is not trusted; at 65,000 tokens a hundredth is as good on other text (docs/decisions)
 _DAMPING = 0.1
 # the share of the places that an exchange tries, and the least: below, there is nothing worth a round
-_FIRST_SHARE = 0.15
+_FIRST_SHARE = 0.2
 _LAST_SHARE = 0.02
 
 
@@ -49,12 +51,10 @@ def initialize(delta: Tensor, gram: Tensor, *, budget: int, options: InitOptions
     """
     check_budget(delta, budget, minimum=options.min_per_row)
     dtype = options.torch_dtype
-    search = _Search(
-        delta.to(dtype), _damped(gram.to(dtype), options.damping_or(_DAMPING)), min(options.min_per_row, delta.shape[1])
-    )
+    row_fit = RowFit(delta, gram, damping=options.damping_or(_DAMPING), dtype=dtype)
+    search = _Search(delta.to(dtype), row_fit, min(options.min_per_row, delta.shape[1]))
     found = search.exchange(search.pursue(budget, stages=options.stages), rounds=options.exchanges, tolerance=options.tolerance)
-    # the last fit is on the inputs as they are, and makes sure that no row is worse than without adapter on them
-    return refine(delta, gram, found.rows, damping=options.damping_or(_DAMPING), dtype=dtype)
+    return never_worse(delta, gram, found.rows, dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +70,13 @@ class _State:
 class _Search:
     """One layer's search; D and G are fixed."""
 
-    def __init__(self, delta: Tensor, gram: Tensor, minimum: int) -> None:
+    def __init__(self, delta: Tensor, row_fit: RowFit, minimum: int) -> None:
         self.delta = delta
-        self.gram = gram
+        self.row_fit = row_fit
         self.minimum = minimum
-        self.diagonal = gram.diagonal()
+        self.diagonal = row_fit.gram.diagonal()
+        # the slope only ranks candidates and compares errors; the values come from the row fit
+        self.gram = SplitMatrix(row_fit.gram)
 
     def pursue(self, budget: int, *, stages: int) -> _State:
         """Fill the budget, a share a stage."""
@@ -104,10 +106,8 @@ class _Search:
         return state
 
     def _exchanged(self, state: _State, count: int) -> _State:
-        kept = _mask(state.rows)
-        losses = torch.full(self.delta.shape, torch.inf, device=kept.device)
-        losses.view(-1)[state.rows.flat_index()] = state.losses if state.losses is not None else 0.0
-        kept &= ~_largest(-losses, count)
+        assert state.losses is not None, "asked for where an exchange may follow"
+        kept = _mask(state.rows, ~_largest(-state.losses, count))
         rest = self._fitted(kept)
         return self._fitted(kept | self._joining(rest, kept, count, least=self.minimum), with_losses=True)
 
@@ -123,10 +123,10 @@ class _Search:
 
     def _fitted(self, mask: Tensor, *, with_losses: bool = False) -> _State:
         rows = SparseRows.from_mask(torch.zeros_like(self.delta), mask)
-        values, losses = fit(self.delta, self.gram, rows, damping=0.0, dtype=self.delta.dtype, with_losses=with_losses)
+        values, losses = self.row_fit.fit(rows, with_losses=with_losses)
         rows = rows.with_values(values)
         rest = self.delta - rows.dense(self.delta.dtype)
-        slope = rest @ self.gram
+        slope = self.gram.multiply(rest)
         return _State(rows, losses, slope, float((slope * rest).sum(dtype=torch.float64)))
 
     def _gains(self, state: _State, mask: Tensor) -> Tensor:
@@ -134,22 +134,15 @@ class _Search:
         return state.slope.square().div_(self.diagonal).masked_fill_(mask, -1.0)
 
 
-def _damped(gram: Tensor, damping: float) -> Tensor:
-    damped = gram.clone()
-    mean = float(gram.diagonal().double().mean())
-    # without any activation all places are worth the same: then the largest |delta| is chosen
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    return damped
-
-
-def _mask(rows: SparseRows) -> Tensor:
+def _mask(rows: SparseRows, kept: Tensor) -> Tensor:
+    """The places (out, in) of those entries for which kept (nnz,) is set."""
     flat = torch.zeros(rows.shape[0] * rows.shape[1], dtype=torch.bool, device=rows.columns.device)
-    flat[rows.flat_index()] = True
+    flat[rows.flat_index()] = kept
     return flat.view(rows.shape)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """Mark the `count` highest scores of the whole matrix; ties go to the lower index on every device."""
+    """Mark the `count` highest scores of all; ties go to the lower index on every device."""
     flat = scores.reshape(-1)
     if count == 0:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
