@@ -39,20 +39,23 @@ from qwha_cli.quant.swap import get_linear
 from qwha_cli.recipe.load import load_recipe
 from qwha_cli.stages.runner import run_stages
 
-EVEN = {"calibration": {"weighting": "none"}}
-PUBLISHED = {"method": "gptq", "basis": "weight", "zeros": "integer", "sweeps": 0, "damping": 0.01, "grid": "search", **EVEN}
+PUBLISHED = {"method": "gptq", "basis": "weight", "zeros": "integer", "sweeps": 0, "damping": 0.01, "grid": "search"}
+OURS = {"method": "gptq", "basis": "hadamard"}
+GRADIENT = {"calibration": {"weighting": "gradient"}}
 BASES: dict[str, dict[str, object]] = {
-    "RTN": {"method": "rtn", "basis": "weight", "zeros": "integer", "grid": "search", **EVEN},
+    "RTN": {"method": "rtn", "basis": "weight", "zeros": "integer", "grid": "search"},
     "GPTQ": PUBLISHED,
     "GPTQ, group 16": PUBLISHED | {"group_size": 16},
     "GPTQ, group 32": PUBLISHED | {"group_size": 32},
     "GPTQ, one bit more": PUBLISHED,
     "GPTQ of W H": PUBLISHED | {"basis": "hadamard"},
-    "ours, weight": {"method": "gptq", "basis": "weight"},
-    "ours, even": {"method": "gptq", "basis": "hadamard", **EVEN},
-    "ours": {"method": "gptq", "basis": "hadamard"},
-    "ours, scales": {"method": "gptq", "basis": "hadamard", "reconstruct": "scales"},
-    "ours, full": {"method": "gptq", "basis": "hadamard", "reconstruct": "full"},
+    "ours, weight": OURS | {"basis": "weight"},
+    "ours": OURS,
+    "ours, one bit more": OURS,
+    "ours, scales": OURS | {"reconstruct": "scales"},
+    "ours, full": OURS | {"reconstruct": "full"},
+    "ours, gradient": OURS | GRADIENT,
+    "ours, gradient, scales": OURS | GRADIENT | {"reconstruct": "scales"},
 }
 
 
@@ -77,7 +80,7 @@ class Row:
 
 
 def _start(base: str, method: str, label: str | None = None, *, same_bytes: bool = False, **init: object) -> Row:
-    return Row(base, label or method, {"method": method, "budget": "per_layer", **init}, same_bytes)
+    return Row(base, label or method, {"method": method, **init}, same_bytes)
 
 
 VALUES = {"reconstruct": "values"}
@@ -96,24 +99,25 @@ ROWS = [
     Row("GPTQ of W H"),
     _start("GPTQ of W H", "adaalloc"),
     _start("GPTQ of W H", "pursuit"),
-    Row("ours, even"),
-    _start("ours, even", "pursuit"),
     Row("ours, weight"),
     _start("ours, weight", "cloq"),
-    _start("ours, weight", "pursuit", budget="global"),
+    _start("ours, weight", "pursuit"),
     Row("ours"),
     _start("ours", "adaalloc"),
     _start("ours", "cloq"),
-    _start("ours", "pursuit", "pursuit, per layer"),
-    _start("ours", "pursuit", budget="global"),
-    _start("ours", "pursuit", "pursuit, values", budget="global", **VALUES),
+    _start("ours", "pursuit"),
+    _start("ours", "pursuit", "pursuit, values", **VALUES),
     Row("ours, scales"),
     _start("ours, scales", "cloq"),
-    _start("ours, scales", "pursuit", budget="global"),
-    _start("ours, scales", "pursuit", "pursuit, values", budget="global", **VALUES),
+    _start("ours, scales", "pursuit"),
+    _start("ours, scales", "pursuit", "pursuit, values", **VALUES),
     Row("ours, full"),
-    _start("ours, full", "pursuit", budget="global"),
-    _start("ours, full", "pursuit", "pursuit, values", budget="global", **VALUES),
+    _start("ours, full", "pursuit"),
+    _start("ours, full", "pursuit", "pursuit, values", **VALUES),
+    _start("ours, gradient", "pursuit"),
+    _start("ours, gradient", "pursuit", "pursuit, global", budget="global"),
+    _start("ours, gradient, scales", "pursuit", "pursuit, global, values", budget="global", **VALUES),
+    Row("ours, one bit more"),
 ]
 
 
@@ -173,7 +177,7 @@ class Bench:
         """Write the recipe of a row."""
         a = self.a
         quantize = {"bits": a.bits, "group_size": a.group} | BASES[row.base]
-        if row.base == "GPTQ, one bit more":
+        if row.base.endswith("one bit more"):
             quantize["bits"] = a.bits + 1
         calibration = {
             "data": a.calibration,
@@ -190,7 +194,7 @@ class Bench:
             "model": {"id": a.model, "device": self.device},
             "quantize": quantize | {"calibration": calibration | quantize.get("calibration", {})},
             "adapter": adapter,
-            "init": {"budget": "per_layer", **row.init, "gate": False},
+            "init": {**row.init, "gate": False},
             "train": {"data": {"format": "synthetic"}, "steps": 1, "lr": 1e-4},
         }
         path = self.work / "recipe.yaml"

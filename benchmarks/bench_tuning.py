@@ -87,7 +87,7 @@ class Study:
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         original = load(arguments.model, dtype=self.dtype)
         self.tokenizer = original.tokenizer
-        self.rank = Bench(argparse.Namespace(**(vars(arguments) | {"budget": arguments.budget}))).rank
+        self.rank = Bench(arguments).rank
         examples = read_gsm8k(arguments.train, split="train", limit=arguments.train_limit)
         kept, held = train_validation(examples, size=min(HELD_OUT, len(examples) // 4), seed=0)
         self.train, self.held = ([encode(e, self.tokenizer, max_length=512) for e in part] for part in (kept, held))
