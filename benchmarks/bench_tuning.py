@@ -106,8 +106,8 @@ class Study:
         yield from (Job("train", row, lr, 1, self.seeds[0]) for row in rows for lr in self.lrs)
         yield from (Job("score", row) for row in rows)
         best = {row: self.best(row) for row in rows}
-        for epochs in self.epochs:
-            for seed in self.seeds:
+        for seed in self.seeds:
+            for epochs in self.epochs:
                 for row, lr in ((row, lr) for row, lr in best.items() if lr is not None):
                     yield Job("train", row, lr, epochs, seed)
                     yield Job("score", row, lr, epochs, seed)

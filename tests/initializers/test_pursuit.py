@@ -156,3 +156,12 @@ def test_values_are_the_same_with_and_without_losses_and_padding() -> None:
         at = mask[row].nonzero()[:, 0]
         exact = torch.linalg.solve(ridged[at][:, at], (delta[row] @ ridged)[at])
         assert torch.allclose(rows.with_values(values.double()).dense()[row, at], exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [2 * 9, 9 * 20 - 9, 9 * 20 - 1, 9 * 20])
+def test_the_budget_is_exact_even_where_hardly_a_place_is_free(budget: int) -> None:
+    delta, gram = problem(9, 20)
+    rows = pursuit.initialize(delta, gram, budget=budget, options=InitOptions(**F64))
+    assert rows.columns.numel() == budget
+    assert int(rows.counts().min()) >= 2
+    assert len(set(rows.flat_index().tolist())) == budget

@@ -14,7 +14,8 @@ def test_on_a_cpu_it_is_the_plain_product(dtype: torch.dtype) -> None:
     assert torch.equal(SplitMatrix(right).multiply(left), left @ right)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("shape", [(5, 33, 20), (300, 896, 896), (64, 4864, 4864)])
 def test_on_a_gpu_the_error_is_that_of_sixteen_bits(shape: tuple[int, int, int]) -> None:
     rows, inner, columns = shape

@@ -8,8 +8,8 @@ taking out the entry x_j of a row raises it by x_j² / (G_SS⁻¹)_jj (all other
 1. *Pursuit* (orthogonal matching pursuit, Pati et al. 1993, a share of the budget at a time): the places with the largest gain in
    the whole layer join, then every row's values are fitted anew. Rows compete, so the budget is shared by marginal gain.
 2. *Exchange* (as hard thresholding pursuit and Efroymson's stepwise selection do): a share of the places with the smallest loss
-   leaves, all values are fitted, as many with the largest gain join, all values are fitted. Kept if the error fell, else tried
-   with fewer places; the end is when a round gains too little.
+   leaves, as many with the largest gain join, then all values are fitted. Kept if the error fell, else tried with fewer places;
+   the end is when a round gains too little.
 
 A stage is one product with G and one batched Cholesky factorisation of all rows, which gives values and losses alike.
 """
@@ -30,7 +30,7 @@ from qwha_cli.kernels.split_matmul import SplitMatrix
 # what the calibration text does not show is not trusted; at 65,000 tokens a hundredth is as good on other text (docs/decisions)
 _DAMPING = 0.1
 # the share of the places that an exchange tries, and the least: below, there is nothing worth a round
-_FIRST_SHARE = 0.2
+_FIRST_SHARE = 0.3
 _LAST_SHARE = 0.02
 
 
@@ -87,7 +87,8 @@ class _Search:
         totals = [rows * each for each in range(1, self.minimum + 1)]
         totals += [total for stage in range(1, stages + 1) if (total := budget * stage // stages) > rows * self.minimum]
         for total in totals:
-            mask = mask | self._joining(state, mask, total - state.rows.columns.numel(), least=min(self.minimum, total // rows))
+            missing = total - state.rows.columns.numel()
+            mask = mask | self._joining(state, mask, missing, least=min(self.minimum, total // rows))
             state = self._fitted(mask, with_losses=total == budget)
         return state
 
@@ -108,13 +109,13 @@ class _Search:
     def _exchanged(self, state: _State, count: int) -> _State:
         assert state.losses is not None, "asked for where an exchange may follow"
         kept = _mask(state.rows, ~_largest(-state.losses, count))
-        rest = self._fitted(kept)
-        return self._fitted(kept | self._joining(rest, kept, count, least=self.minimum), with_losses=True)
+        return self._fitted(kept | self._joining(state, kept, count, least=self.minimum), with_losses=True)
 
-    def _joining(self, state: _State, mask: Tensor, count: int, *, least: int) -> Tensor:
-        """The `count` new places with the largest gains, after every row has its least."""
-        gains = self._gains(state, mask)
-        lacking = (least - mask.sum(dim=1)).clamp_min(0)
+    def _joining(self, state: _State, kept: Tensor, count: int, *, least: int) -> Tensor:
+        """The `count` places with the largest gains beside those that are kept, after every row has its least."""
+        # the slope is zero at the places of a state, so one that has just left comes back only where nothing else is free
+        gains = state.slope.square().div_(self.diagonal).masked_fill_(_mask(state.rows), 0.0).masked_fill_(kept, -1.0)
+        lacking = (least - kept.sum(dim=1)).clamp_min(0)
         forced = int(lacking.sum())
         if not forced:
             return _largest(gains, count)
@@ -129,13 +130,9 @@ class _Search:
         slope = self.gram.multiply(rest)
         return _State(rows, losses, slope, float((slope * rest).sum(dtype=torch.float64)))
 
-    def _gains(self, state: _State, mask: Tensor) -> Tensor:
-        """What a new entry at each place would take off the error; −1 where there is one."""
-        return state.slope.square().div_(self.diagonal).masked_fill_(mask, -1.0)
 
-
-def _mask(rows: SparseRows, kept: Tensor) -> Tensor:
-    """The places (out, in) of those entries for which kept (nnz,) is set."""
+def _mask(rows: SparseRows, kept: Tensor | bool = True) -> Tensor:
+    """The places (out, in) of all entries, or of those for which kept (nnz,) is set."""
     flat = torch.zeros(rows.shape[0] * rows.shape[1], dtype=torch.bool, device=rows.columns.device)
     flat[rows.flat_index()] = kept
     return flat.view(rows.shape)

@@ -16,6 +16,7 @@ from torch import Tensor
 from qwha_cli.errors import NumericsError
 from qwha_cli.initializers.budget import chunks
 from qwha_cli.kernels.sparse_matmul import SparseRows
+from qwha_cli.kernels.sub_matrices import sub_matrices
 
 
 class RowFit:
@@ -128,10 +129,7 @@ def _solve(
     Returns:
         x and losses (batch, width), zero in the padding; the number of sub-matrices that are not positive definite, ().
     """
-    matrix = gram[columns[:, :, None], columns[:, None, :]]
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    diagonal.masked_fill_(~valid, 1.0)
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    factor, info = torch.linalg.cholesky_ex(sub_matrices(gram, columns))
     failed = (info > 0).sum()
     if not with_losses:
         return torch.cholesky_solve(right[:, :, None], factor)[:, :, 0], None, failed

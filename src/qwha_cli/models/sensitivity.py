@@ -93,7 +93,7 @@ def measure_sensitivity(
     for number, chunk in enumerate(chunks):
         through: list[tuple[Block, list[Tensor]]] = []
         for block in walk(model, chunk, device=device, batch_size=batch_size, dtype=dtype, weights=weights):
-            through.append((block, list(block.hidden_states)))
+            through.append((block, [batch.cpu() for batch in block.hidden_states]))
             if block.last:
                 block.advance()
             progress((2 * number) * blocks + len(through), 2 * blocks * len(chunks))
@@ -130,7 +130,7 @@ def _of_the_loss(model: nn.Module, last: Block, batches: Sequence[Tensor], weigh
             for states, ids in zip(
                 hidden.split(1), batch.to(last.device).split(1), strict=True
             ):  # logits of one sample are large
-                given.hidden = states.to(last.device).requires_grad_()
+                given.hidden = states.detach().to(last.device).requires_grad_()
                 with torch.enable_grad(), last.autocast():
                     logits = cast(Tensor, model(input_ids=ids, use_cache=False).logits)
                     loss = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum")
@@ -147,7 +147,7 @@ def _backward(block: Block, states: list[Tensor], gradients: list[Tensor], squar
         for batch, hidden in enumerate(states):
             squares.setdefault(block.name, []).append(gradients[batch].float().square().mean(-1))
             with torch.enable_grad():
-                inputs = hidden.to(block.device).requires_grad_()
+                inputs = hidden.detach().to(block.device).requires_grad_()
                 outputs = block.call(inputs)
             found = torch.autograd.grad(outputs, inputs, gradients[batch].to(outputs))[0]
             gradients[batch] = found.to(device="cpu", dtype=hidden.dtype)

@@ -1,6 +1,7 @@
 """Running calibration tokens through a model one decoder block at a time.
 
-The hidden states of all samples wait on the CPU; only the block whose turn it is lies on the compute device. The caller may
+Only the block whose turn it is lies on the compute device. The hidden states of all samples wait there too where they take little
+of its free memory, else on the CPU: moving them there and back costs more time than many a block. The caller may
 change the block during its turn (quantize its layers, add adapters); when the iteration goes on, the changed block makes the
 inputs of the next one, so that every block is calibrated on what it will really see.
 
@@ -37,6 +38,8 @@ class _Walk:
 
     device: torch.device
     dtype: torch.dtype
+    # where hidden states wait
+    home: torch.device
     hidden: list[Tensor]
     # by number of samples in a batch, since the last may be smaller: one call a block
     calls: dict[int, list[BlockCall]]
@@ -61,7 +64,7 @@ class _Walk:
         """Replace batches of hidden states by what a block makes of them."""
         for batch, hidden in enumerate(states):
             with torch.no_grad():
-                states[batch] = self.call(module, index, hidden).to(device="cpu", dtype=self.dtype)
+                states[batch] = self.call(module, index, hidden).to(device=self.home, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,12 @@ class Block:
 
     @property
     def hidden_states(self) -> list[Tensor]:
-        """The batches (samples, length, hidden) on the CPU: this block's inputs, and its outputs after `advance`."""
+        """The batches (samples, length, hidden) where they wait: this block's inputs, and its outputs after `advance`."""
         return self._walk.hidden
 
     @property
     def targets(self) -> list[Tensor]:
-        """The 16-bit model's outputs of this block, batches (samples, length, hidden) on the CPU; for walks with an original."""
+        """The 16-bit model's outputs of this block, batches (samples, length, hidden); for walks with an original."""
         assert self._walk.targets is not None, "this walk has no original"
         return self._walk.targets
 
@@ -225,7 +228,9 @@ def walk(
     model.eval()
     try:
         hidden, calls = record(model, blocks, tokens, batch_size=batch_size, dtype=dtype, weights=weights)
-        state = _Walk(torch.device(device), dtype, hidden, calls, targets=list(hidden) if beside is not None else None)
+        home = _home(hidden, torch.device(device), streams=1 if beside is None else 2)
+        hidden = [batch.to(home) for batch in hidden]
+        state = _Walk(torch.device(device), dtype, home, hidden, calls, targets=list(hidden) if beside is not None else None)
         for index, (name, module) in enumerate(blocks):
             place = _Place(module, name, state, weights)
             block = Block(index, name, module, index + 1 == len(blocks), state, place)
@@ -288,6 +293,15 @@ class _Place:
             parameter.data = parameter.data.to(dtype)
         self._casts.clear()
         self._module.to(self._home)
+
+
+def _home(hidden: list[Tensor], device: torch.device, *, streams: int) -> torch.device:
+    """Where the hidden states of so many models wait: on a GPU if they take at most an eighth of what is free there."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = streams * sum(batch.numel() * batch.element_size() for batch in hidden)
+    return device if needed <= free // 8 else torch.device("cpu")
 
 
 def _to(value: object, device: torch.device, moved: dict[int, object]) -> object:
