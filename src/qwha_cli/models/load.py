@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -50,11 +51,24 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Place:
-    """A model's folder on this machine, where it came from, and a fingerprint of its weights."""
+    """A model's folder on this machine, where it came from, and a fingerprint of its weights.
+
+    Attributes:
+        folder: Where its files are.
+        source: Where they came from, for people.
+        commit: Of a hub model; it says what the weights are.
+    """
 
     folder: Path
     source: str
-    fingerprint: str
+    commit: str | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 that changes with the weights; of a local folder it reads the files, which takes its time."""
+        if self.commit is not None:
+            return hashlib.sha256(self.source.encode()).hexdigest()
+        return builtin.source_digest(self.folder) or _folder_digest(self.folder)
 
 
 def load(model_id: str, *, revision: str | None = None, dtype: torch.dtype | None, seed: int = 0) -> LoadedModel:
@@ -130,10 +144,9 @@ def resolve(model_id: str, revision: str | None) -> Place:
     """
     local = _local_folder(model_id)
     if local is not None:
-        fingerprint = builtin.source_digest(local) or _folder_digest(local)
-        return Place(local, model_id if ":" in model_id else str(Path(model_id).expanduser().resolve()), fingerprint)
+        return Place(local, model_id if ":" in model_id else str(Path(model_id).expanduser().resolve()))
     found = hub.snapshot(model_id, revision=revision, weights=True)
-    return Place(found.folder, f"{model_id}@{found.commit}", hashlib.sha256(f"{model_id}@{found.commit}".encode()).hexdigest())
+    return Place(found.folder, f"{model_id}@{found.commit}", found.commit)
 
 
 def _local_folder(model_id: str) -> Path | None:

@@ -7,6 +7,7 @@ are no files (`random:` models), the model is loaded whole, which `resident` tel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -37,16 +38,21 @@ class OpenModel:
         weights: Where its tensors are read.
         tokenizer: Its tokenizer.
         source: Where it came from, for people.
-        fingerprint: sha256 that changes with the weights.
         resident: Whether the whole model lies in memory.
+        identify: Gives the fingerprint; may have to read all weights.
     """
 
     model: PreTrainedModel
     weights: Weights
     tokenizer: PreTrainedTokenizerBase
     source: str
-    fingerprint: str
     resident: bool
+    identify: Callable[[], str]
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 that changes with the weights."""
+        return self.identify()
 
     def weight(self, layer: str) -> Tensor:
         """A linear layer's weight (out, in), on the CPU, as stored; not to be written to."""
@@ -97,11 +103,11 @@ def open_model(model_id: str, *, revision: str | None = None, dtype: torch.dtype
             find_targets(skeleton)  # an architecture that nothing can be done with is refused now
             if (place.folder / "generation_config.json").is_file():
                 skeleton.generation_config = GenerationConfig.from_pretrained(place.folder)
-            return OpenModel(skeleton, weights, load_tokenizer(place.folder), place.source, place.fingerprint, resident=False)
+            tokenizer = load_tokenizer(place.folder)
+            return OpenModel(skeleton, weights, tokenizer, place.source, resident=False, identify=lambda: place.fingerprint)
     loaded = load(model_id, revision=revision, dtype=dtype, seed=seed)
-    return OpenModel(
-        loaded.model, MemoryWeights(loaded.model), loaded.tokenizer, loaded.source, loaded.fingerprint, resident=True
-    )
+    weights = MemoryWeights(loaded.model)
+    return OpenModel(loaded.model, weights, loaded.tokenizer, loaded.source, resident=True, identify=lambda: loaded.fingerprint)
 
 
 def open_base(folder: Path) -> OpenModel:
@@ -120,7 +126,8 @@ def open_base(folder: Path) -> OpenModel:
     skeleton = make_skeleton(config, folder)
     put_quantized_layers(skeleton, described.modules, format=described.format)
     weights = FileWeights(folder, aliases=tied_names(skeleton))
-    return OpenModel(skeleton, weights, load_tokenizer(folder), str(folder), str(described.fingerprint), resident=False)
+    digest = str(described.fingerprint)
+    return OpenModel(skeleton, weights, load_tokenizer(folder), str(folder), resident=False, identify=lambda: digest)
 
 
 def make_skeleton(config: PretrainedConfig, where: Path | str) -> PreTrainedModel:
