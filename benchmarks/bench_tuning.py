@@ -25,12 +25,13 @@ from typing import cast
 
 import torch
 import yaml
-from bench_init import BASES, Bench, Silent
+from bench_init import BASES, VALUES, Bench, Silent
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qwha_cli.adapters.build import load_adapter, set_keep
+from qwha_cli.catalog import LOW_RANK_INITIALIZERS
 from qwha_cli.data.gsm8k import read as read_gsm8k
 from qwha_cli.data.split import train_validation
 from qwha_cli.data.tokenize import encode
@@ -43,7 +44,6 @@ from qwha_cli.stages.merge import merge_model
 from qwha_cli.stages.runner import run_stages
 from qwha_cli.training.loop import TrainSettings, train
 
-VALUES = {"reconstruct": "values"}
 # row: base of bench_init (None: the 16-bit model), init section
 ROWS: dict[str, tuple[str | None, dict[str, object]]] = {
     "16-bit + LoRA": (None, {}),
@@ -54,7 +54,6 @@ ROWS: dict[str, tuple[str | None, dict[str, object]]] = {
     "ours, scales + pursuit, values": ("ours, scales", {"method": "pursuit"} | VALUES),
     "ours + LoRA, cloq": ("ours", {"method": "cloq"}),
 }
-LOW_RANK = ("cloq",)
 HELD_OUT = 256
 
 
@@ -85,9 +84,8 @@ class Study:
         self.out = Path(arguments.out)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        original = load(arguments.model, dtype=self.dtype)
-        self.tokenizer = original.tokenizer
-        self.rank = Bench(arguments).rank
+        bench = Bench(arguments)
+        self.tokenizer, self.rank = bench.tokenizer, bench.rank
         examples = read_gsm8k(arguments.train, split="train", limit=arguments.train_limit)
         kept, held = train_validation(examples, size=min(HELD_OUT, len(examples) // 4), seed=0)
         self.train, self.held = ([encode(e, self.tokenizer, max_length=512) for e in part] for part in (kept, held))
@@ -199,7 +197,7 @@ class Study:
             "output": str(self.work),
             "model": {"id": self.a.model, "device": self.device},
             "quantize": {"bits": self.a.bits, "group_size": self.a.group} | BASES[base],
-            "adapter": {"rank": self.rank, "method": "lora" if init["method"] in LOW_RANK else "qwha"},
+            "adapter": {"rank": self.rank, "method": "lora" if init["method"] in LOW_RANK_INITIALIZERS else "qwha"},
             "init": {**init, "gate": False},
             "train": {"data": {"format": "synthetic"}, "steps": 1, "lr": 1e-4},
         }

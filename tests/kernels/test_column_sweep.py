@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,9 +9,9 @@ from torch import Tensor
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import choose
 from qwha_cli.kernels.column_sweep import descent_sweep, feedback_sweep
+from support.triton import HAS_TRITON, run_interpreted
 
 SIZES = [(1, 5), (7, 33), (24, 37), (64, 50), (100, 3)]
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def parts(columns: int, rows: int, *, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -116,11 +111,7 @@ def same_as_torch(size: tuple[int, int], device: str) -> None:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_triton_interpreted_is_torch() -> None:
-    # the interpreter is chosen when Triton is imported, so it needs a process of its own
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*sys.path, "tests"])}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"interpreted {len(SIZES)}"
+    assert run_interpreted(_INTERPRETED) == f"interpreted {len(SIZES)}"
 
 
 @pytest.mark.gpu

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.sub_matrices import sub_matrices
+from support.triton import HAS_TRITON, run_interpreted
 
 SIZES = [(3, 5, 2), (4, 40, 33), (2, 70, 65), (7, 64, 32)]
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def sets(batch: int, size: int, width: int, *, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -66,11 +61,7 @@ print("interpreted", len(SIZES))
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_triton_interpreted_is_torch() -> None:
-    # the interpreter is chosen when Triton is imported, so it needs a process of its own
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*sys.path, "tests"])}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"interpreted {len(SIZES)}"
+    assert run_interpreted(_INTERPRETED) == f"interpreted {len(SIZES)}"
 
 
 @pytest.mark.gpu

@@ -1,9 +1,9 @@
 """Running calibration tokens through a model one decoder block at a time.
 
 Only the block whose turn it is lies on the compute device. The hidden states of all samples wait there too where they take little
-of its free memory, else on the CPU: moving them there and back costs more time than many a block. The caller may
-change the block during its turn (quantize its layers, add adapters); when the iteration goes on, the changed block makes the
-inputs of the next one, so that every block is calibrated on what it will really see.
+of its free memory, else on the CPU: moving them there and back costs more time than many a block. The caller may change the
+block during its turn (quantize its layers, add adapters); when the iteration goes on, the changed block makes the inputs of the
+next one, so that every block is calibrated on what it will really see.
 
 A model may be a skeleton whose weights are read from files (weights.py): then each block is filled for its turn and dropped after
 it, and what the caller puts into it is the caller's to keep. Beside the walk the 16-bit model can run on inputs of its own: its
