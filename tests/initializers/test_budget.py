@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qwha_cli.errors import NumericsError
-from qwha_cli.initializers import budget as budget_module
-from qwha_cli.initializers.budget import InitOptions, allocate, chunks, select
+from qwha_cli.initializers.budget import InitOptions, allocate, select
+from qwha_cli.kernels import chunks as chunks_module
+from qwha_cli.kernels.chunks import chunks
 
 
 @pytest.mark.parametrize("budget", [20, 21, 57, 100, 101, 399, 400])
@@ -81,7 +82,7 @@ def test_selection_in_chunks_is_selection_at_once(monkeypatch: pytest.MonkeyPatc
     scores = torch.rand(37, 20, generator=torch.Generator().manual_seed(0))
     counts = torch.arange(37) % 21
     whole = select(scores, counts)
-    monkeypatch.setattr(budget_module, "CHUNK_BYTES", 16 * 20 * 5)
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 16 * 20 * 5)
     assert len(list(chunks(37, 16 * 20))) == 8
     assert torch.equal(select(scores, counts), whole)
     assert torch.equal(whole.sum(dim=1), counts)

@@ -10,9 +10,10 @@ import torch
 
 from qwha_cli.catalog import INITIALIZERS, load
 from qwha_cli.errors import NumericsError
-from qwha_cli.initializers import adaalloc, budget, pursuit, random, zero
+from qwha_cli.initializers import adaalloc, pursuit, random, zero
 from qwha_cli.initializers.budget import InitOptions
 from qwha_cli.initializers.refine import refine, row_errors
+from qwha_cli.kernels import chunks
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from support.residual import residual_error
 
@@ -154,7 +155,7 @@ def test_the_seed_moves_random_places() -> None:
 def test_small_chunks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     delta, gram = problem()
     whole = adaalloc.initialize(delta, gram, budget=400, options=EXACT)
-    monkeypatch.setattr(budget, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 20_000)
     parts = adaalloc.initialize(delta, gram, budget=400, options=EXACT)
     assert torch.equal(whole.columns, parts.columns)
     assert torch.allclose(whole.values, parts.values, rtol=1e-6)

@@ -8,7 +8,6 @@ broken by the lower index, so that every device and every run chooses the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 
 from qwha_cli.errors import NumericsError
+from qwha_cli.kernels.chunks import chunks
 
-# selection and refinement work on as many rows at once as fit into this
-CHUNK_BYTES = 256 * 2**20
 # rows of zero weight count as this share of the heaviest, so that they take what all others cannot hold
 _NEGLIGIBLE = 1e-12
 
@@ -124,13 +122,6 @@ def select(scores: Tensor, counts: Tensor) -> Tensor:
         order = scores[rows].argsort(dim=1, descending=True, stable=True)
         mask[rows] = torch.zeros_like(mask[rows]).scatter_(1, order, ranks < counts[rows, None])
     return mask
-
-
-def chunks(rows: int, bytes_per_row: int, *, times: int = 1) -> Iterator[slice]:
-    """Consecutive slices of rows, each within CHUNK_BYTES, or `times` that (or one row)."""
-    step = max(1, times * CHUNK_BYTES // max(1, bytes_per_row))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _level(shares: Tensor, budget: int, minimum: int, maximum: int) -> float:

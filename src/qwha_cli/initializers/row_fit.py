@@ -8,15 +8,12 @@ equation, so that a support of all columns gives x = x_0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from qwha_cli.errors import NumericsError
-from qwha_cli.initializers.budget import chunks
+from qwha_cli.kernels.row_solve import row_solve
 from qwha_cli.kernels.sparse_matmul import SparseRows
-from qwha_cli.kernels.sub_matrices import sub_matrices
 
 
 class RowFit:
@@ -60,81 +57,14 @@ class RowFit:
         Raises:
             NumericsError: A damped sub-matrix is not positive definite even in float64.
         """
-        counts = rows.counts().to(torch.int64)
-        # padding is written to a place of its own behind the last entry: boolean indices would make a GPU wait for each bucket
-        values = torch.zeros(rows.columns.numel() + 1, dtype=torch.float32, device=self._delta.device)
-        losses = torch.zeros_like(values) if with_losses else None
-        failures: list[Tensor] = []
-        for members, width in _buckets(counts, self._padded.element_size()):
-            slots = torch.arange(width, device=members.device)
-            valid = slots < counts[members, None]
-            entry = rows.row_starts[members].to(torch.int64)[:, None] + slots * valid
-            columns = torch.where(valid, rows.columns[entry].to(torch.int64), self.gram.shape[0])
-            right = self._right[members].gather(1, columns.clamp_max(self.gram.shape[0] - 1)) * valid
-            solved, worth, failed = _solve(self._padded, columns, valid, right, with_losses=with_losses)
-            slots_of = torch.where(valid, entry, rows.columns.numel())
-            values[slots_of] = solved.to(torch.float32)
-            if losses is not None and worth is not None:
-                losses[slots_of] = worth.to(torch.float32)
-            failures.append(failed)
-        broken = int(torch.stack(failures).sum()) if failures else 0
+        solved = row_solve(self._padded, self._right, rows.row_starts, rows.columns, with_losses=with_losses)
+        broken = int(solved.failed)
         if broken and self._dtype == torch.float64:
             raise NumericsError(
-                f"{broken} of {int((counts > 0).sum())} sub-matrices of the Gram matrix are not positive definite",
+                f"{broken} of {int((rows.counts() > 0).sum())} sub-matrices of the Gram matrix are not positive definite",
                 remedy="raise init.damping, or calibrate with more samples",
             )
         if broken:
             exact = RowFit(self._delta, self._source, damping=self._damping, dtype=torch.float64)
             return exact.fit(rows, with_losses=with_losses)
-        return values[:-1], None if losses is None else losses[:-1]
-
-
-def _buckets(counts: Tensor, element_size: int) -> Iterator[tuple[Tensor, int]]:
-    """(row numbers, padded length): rows of similar length, as many as fit the memory bound; empty rows are left out."""
-    order = counts.argsort(stable=True)
-    lengths, sizes = counts[order].unique_consecutive(return_counts=True)
-    # a bucket spans an eighth of its length on a CPU: at most 1.4 times the work. On a GPU the launches of a bucket cost more
-    # than its arithmetic, so there are few
-    span, slack, times = (1.125, 4, 1) if counts.device.type == "cpu" else (2.0, 64, 4)
-    start = 0
-    pending: list[tuple[int, int]] = []
-    table = [*zip(lengths.tolist(), sizes.tolist(), strict=True)]
-    for index, (length, size) in enumerate(table):
-        if length == 0:
-            start += size
-            continue
-        pending.append((length, size))
-        if index + 1 < len(table) and table[index + 1][0] <= max(pending[0][0] * span, pending[0][0] + slack):
-            continue
-        total = sum(size for _, size in pending)
-        # the sub-matrix, its factor and the factor's inverse live at once
-        for part in chunks(total, 3 * element_size * length * length, times=times):
-            yield order[start : start + total][part], length
-        start += total
-        pending = []
-
-
-def _solve(
-    gram: Tensor, columns: Tensor, valid: Tensor, right: Tensor, *, with_losses: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Solve G_SS x = right for a batch of padded rows.
-
-    Args:
-        gram: (in + 1, in + 1), damped, its last row and column zero.
-        columns: int64 (batch, width); `in` in the padding.
-        valid: bool (batch, width), where there is no padding.
-        right: (batch, width), zero in the padding.
-        with_losses: Whether the losses are wanted too.
-
-    Returns:
-        x and losses (batch, width), zero in the padding; the number of sub-matrices that are not positive definite, ().
-    """
-    factor, info = torch.linalg.cholesky_ex(sub_matrices(gram, columns))
-    failed = (info > 0).sum()
-    if not with_losses:
-        return torch.cholesky_solve(right[:, :, None], factor)[:, :, 0], None, failed
-    identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device).expand_as(factor)
-    # X L = I: from this side it takes half of the time on a CPU. With L⁻¹ at hand, x = L⁻ᵀ L⁻¹ right
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False, left=False)
-    solved = (inverse.mT @ (inverse @ right[:, :, None]))[:, :, 0]
-    return solved, solved.square() / inverse.square().sum(dim=1) * valid, failed
+        return solved.values, solved.losses
