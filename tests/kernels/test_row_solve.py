@@ -11,7 +11,7 @@ from qwha_cli.kernels.row_solve import row_solve
 from support.triton import HAS_TRITON, run_interpreted
 
 # (out, in, longest row): within one block of the kernel, its edges, several blocks, all columns
-SIZES = [(5, 40, 13), (4, 150, 64), (3, 150, 65), (2, 200, 200), (6, 300, 150)]
+SIZES = [(5, 40, 13), (4, 150, 32), (3, 150, 65), (2, 200, 200), (6, 300, 150)]
 
 
 def problem(out: int, size: int, longest: int, *, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,7 +53,8 @@ def as_reference(shape: tuple[int, int, int], device: str, *, backend: str, dtyp
         assert int(with_losses.failed) == int(without.failed) == 0
         assert without.losses is None
         assert with_losses.losses is not None
-        for found, wanted in [(with_losses.values, expected[0]), (without.values, expected[0]), (with_losses.losses, expected[1])]:
+        pairs = [(with_losses.values, expected[0]), (without.values, expected[0]), (with_losses.losses, expected[1])]
+        for found, wanted in pairs:
             assert found.dtype == torch.float32
             assert float((found.cpu().double() - wanted).norm() / wanted.norm()) < 2e-5
 

@@ -61,8 +61,10 @@ def run(context: StageContext) -> dict[str, object]:
     records: list[Record] = []
     beside = original if recipe.init.reconstruct != "none" else None
     for block in walk_through(context, base, tokens, original=beside):
+        # the weights of one block are on the device for its turn: each is needed several times, and the way there is long
         layers = [
-            InitLayer(target, get_linear(base.model, target.name), original.weight(target.name)) for target in own[block.index]
+            InitLayer(target, get_linear(base.model, target.name), original.weight(target.name).to(context.device))
+            for target in own[block.index]
         ]
         for layer in layers:
             layer.check(quantized.get(layer.name, {}).get("digest"), context.inputs["quantize"])

@@ -27,7 +27,7 @@ class InitLayer:
     Attributes:
         target: The layer's name and place.
         module: The base's module, quantized or not.
-        weight: (out, in) of the 16-bit model, in the weight basis.
+        weight: (out, in) of the 16-bit model, in the weight basis, anywhere.
     """
 
     target: Target

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from torch import Tensor
+
 from qwha_cli.adapters.build import Start
 from qwha_cli.artifacts.blocks import Record
 from qwha_cli.catalog import INITIALIZERS
@@ -26,14 +28,15 @@ _BITS: dict[str, dict[Kind, int]] = {"bfloat16": {"qwha": 24, "lora": 16}, "floa
 
 def start_record(recipe: Recipe, layer: InitLayer, start: Start, gram: Gram) -> Record:
     """The layer's line in layers.jsonl, but for the time it took."""
+    error_zero, error_after = _errors(recipe, layer, gram, [None, start], low_rank=isinstance(start, LowRank))
     return {
         "name": layer.name,
         "block": layer.target.block,
         "projection": layer.target.projection,
         "shape": list(layer.shape),
         **_entries(start),
-        "error_zero": _error(recipe, layer, None, gram),
-        "error_after": _error(recipe, layer, start, gram),
+        "error_zero": error_zero,
+        "error_after": error_after,
     }
 
 
@@ -77,10 +80,17 @@ def _entries(start: Start) -> Record:
 
 
 def _error(recipe: Recipe, layer: InitLayer, start: Start | None, gram: Gram) -> float:
-    """Of the layer with a start, in the Hadamard basis, where both the codes and F are cheap; a LoRA in its own."""
-    dtype = init_options(recipe).torch_dtype
     low_rank = isinstance(start, LowRank) or (start is None and recipe.adapter.method == "lora")
+    return _errors(recipe, layer, gram, [start], low_rank=low_rank)[0]
+
+
+def _errors(recipe: Recipe, layer: InitLayer, gram: Gram, starts: list[Start | None], *, low_rank: bool) -> list[float]:
+    """Of the layer with each start, in the Hadamard basis, where both the codes and F are cheap; LoRAs in their own."""
+    dtype = init_options(recipe).torch_dtype
     weight, base = layer.pair("weight" if low_rank else "hadamard", device=gram.device, dtype=dtype)
-    if start is not None:
-        base = base + recipe.adapter.scale * start.to(gram.device).dense(dtype)
-    return layer_error(weight, base, (gram if low_rank else gram.in_hadamard_basis()).matrix.to(dtype))
+    matrix = (gram if low_rank else gram.in_hadamard_basis()).matrix.to(dtype)
+
+    def corrected(start: Start) -> Tensor:
+        return base + recipe.adapter.scale * start.to(gram.device).dense(dtype)
+
+    return [layer_error(weight, base if start is None else corrected(start), matrix) for start in starts]
