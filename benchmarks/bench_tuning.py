@@ -253,9 +253,12 @@ class Study:
         }  # fmt: skip
 
     def _score(self, job: Job) -> dict[str, object]:
+        values = self.work / f"{Job('train', job.row, job.lr, job.epochs, job.seed).name}.safetensors"
+        if job.epochs and not values.is_file():
+            return {"failed": "nothing was trained"}
         model = self._model(job.row, trainable=True)
         if job.epochs:
-            trained = load_file(self.work / f"{Job('train', job.row, job.lr, job.epochs, job.seed).name}.safetensors")
+            trained = load_file(values)
             own = dict(model.named_parameters())
             with torch.no_grad():
                 for name, value in trained.items():

@@ -115,13 +115,12 @@ def test_the_stored_bits_are_those_of_the_files(finished: Path) -> None:
 def test_init_measures_its_errors_on_the_values_that_it_stores(copied: Path, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     measured: list[SparseRows] = []
 
-    def spy(recipe: Recipe, layer: InitLayer, start: SparseRows | None, gram: Gram) -> float:
-        if start is not None:
-            measured.append(start)
-        return error(recipe, layer, start, gram)
+    def spy(recipe: Recipe, layer: InitLayer, gram: Gram, starts: list[SparseRows | None], *, low_rank: bool) -> list[float]:
+        measured.extend(start for start in starts if start is not None)
+        return errors(recipe, layer, gram, starts, low_rank=low_rank)
 
-    error = init_record._error
-    monkeypatch.setattr(init_record, "_error", spy)
+    errors = init_record._errors
+    monkeypatch.setattr(init_record, "_errors", spy)
     run(copied, f"adapter.store={store}", "adapter.scale=0.3", until="init")
     folder = next(copied.iterdir())
     names = [json.loads(line)["name"] for line in (folder / "2-init" / "layers.jsonl").read_text().splitlines()]
@@ -232,7 +231,10 @@ def test_group_size_that_does_not_divide_is_refused_with_the_layer_and_leaves_no
 
 
 def test_worse_than_zero_stops_the_run_unless_the_gate_is_off(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init_record, "_error", lambda recipe, layer, start, gram: 1.0 if start is None else 1e9)
+    def worse(recipe: Recipe, layer: InitLayer, gram: Gram, starts: list[SparseRows | None], *, low_rank: bool) -> list[float]:
+        return [1.0 if start is None else 1e9 for start in starts]
+
+    monkeypatch.setattr(init_record, "_errors", worse)
     with pytest.raises(GateError, match="14 of 14 layers are worse than with a zero adapter") as caught:
         run(copied, "init.damping=0.02", until="init")
     assert caught.value.exit_code == 1
