@@ -11,7 +11,7 @@ taking out the entry x_j of a row raises it by x_j² / (G_SS⁻¹)_jj (all other
    leaves, as many with the largest gain join, then all values are fitted. Kept if the error fell, else tried with fewer places;
    the end is when a round gains too little.
 
-A stage is one product with G and one batched Cholesky factorisation of all rows, which gives values and losses alike.
+A stage is one product with G and one solve of all rows, which gives values and losses alike.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The best values of F at given places, for all rows at once.
 
 For each row x_0 of delta and its places S, the x that is zero outside S and minimises (x_0 − x) G (x_0 − x)ᵀ is
-x_S = G_SS⁻¹ (G x_0ᵀ)_S (paper Eq. 9 written in the Gram matrix of the adapter's domain: no square root of G is needed). Rows of
-similar length are solved together by batched Cholesky factorisations, padded with identity rows. G is damped on both sides of the
-equation, so that a support of all columns gives x = x_0.
+x_S = G_SS⁻¹ (G x_0ᵀ)_S (paper Eq. 9 written in the Gram matrix of the adapter's domain: no square root of G is needed). G is
+damped on both sides of the equation, so that a support of all columns gives x = x_0.
 """
 
 from __future__ import annotations
