@@ -58,6 +58,9 @@ def row_solve(
         )
     if gram.dtype != torch.float32 and backend == "triton":
         raise KernelError(f"the Triton kernel solves in float32, got {gram.dtype}", where=OP, remedy="use backend auto or torch")
+    if not columns.numel():
+        nothing = torch.zeros(0, dtype=torch.float32, device=gram.device)
+        return Solved(nothing, nothing if with_losses else None, torch.zeros((), dtype=torch.int64, device=gram.device))
     if gram.dtype == torch.float32 and choose(backend, op=OP, device=gram.device).name == "triton":
         from qwha_cli.kernels import row_solve_triton
 

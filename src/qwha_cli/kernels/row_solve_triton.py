@@ -26,10 +26,10 @@ _SCRATCH_BYTES = 2**30
 def row_solve(
     gram: Tensor, right: Tensor, row_starts: Tensor, columns: Tensor, *, with_losses: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As `row_solve.row_solve`, in float32."""
+    """As `row_solve.row_solve`, in float32; there is an entry."""
     device = gram.device
     counts = row_starts[1:] - row_starts[:-1]
-    width = triton.cdiv(max(1, int(counts.max())), _BLOCK) * _BLOCK
+    width = triton.cdiv(int(counts.max()), _BLOCK) * _BLOCK
     blocks = width // _BLOCK
     # a triangle of blocks, and the two columns of blocks of a sweep
     slot = (blocks * (blocks + 1) // 2 + 2 * blocks) * _BLOCK**2
