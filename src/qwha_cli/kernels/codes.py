@@ -1,0 +1,53 @@
+"""A quantized matrix as kernels see it: its tensors, and the numbers that are needed to read them.
+
+Two layouts (quant/layout.py says how they come about):
+
+    gptq    value = scale · (code − zero / 2^(zero_bits − bits))
+            codes   int32 (ceil(in · bits / 32), out)             packed along the inputs, see unpack.py
+            scales  float16 (in / group_size, out)
+            zeros   int32 (in / group_size, ceil(out · zero_bits / 32))   packed along the outputs
+    nf4     value = table[code] · scale, blocks of group_size in the flattened (out, in) matrix
+            codes   uint8 (ceil(out · in / 2), 1)                 two a byte, the first in the high half
+            scales  float32 (out · in / group_size,)
+            zeros   float32 (16,), the table
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Layout = Literal["gptq", "nf4"]
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A quantized (out, in) matrix in its own basis.
+
+    Attributes:
+        codes: As above, like all tensors on one device.
+        scales: As above.
+        zeros: As above.
+        layout: Which of the two.
+        shape: (out, in).
+        bits: Bits a code.
+        zero_bits: Bits a zero point, at least bits; nf4 has none.
+        group_size: Neighbouring weights that share a scale; divides `in` in the layout gptq.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    layout: Layout
+    shape: tuple[int, int]
+    bits: int
+    zero_bits: int
+    group_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return self.codes.device

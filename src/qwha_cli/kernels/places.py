@@ -1,0 +1,52 @@
+"""Where the entries of a sparse matrix F lie, in the form that the adapted layer reads at every step.
+
+Compressed rows with columns of 16 bits: a quarter of what 64-bit indices take, and each program of a kernel finds its row's entries
+side by side. The form on disk is another one, see gaps.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from qwha_cli.kernels.sparse_matmul import SparseRows
+
+_SHORT_LIMIT = 2**16
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """The places of F (out, in), row by row, none twice.
+
+    Attributes:
+        row_starts: (out + 1,) int32; row i holds entries row_starts[i] .. row_starts[i + 1] − 1.
+        columns: (nnz,) uint16, or int32 where in > 2^16; ascending in each row.
+        shape: (out, in).
+    """
+
+    row_starts: Tensor
+    columns: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def from_rows(cls, rows: SparseRows) -> Places:
+        """The places of existing entries, on their device."""
+        kind = torch.uint16 if rows.shape[1] <= _SHORT_LIMIT else torch.int32
+        return cls(rows.row_starts, rows.columns.to(kind), rows.shape)
+
+    def __len__(self) -> int:
+        """Entries."""
+        return self.columns.numel()
+
+    def with_values(self, values: Tensor) -> SparseRows:
+        """F itself, from values (nnz,) on the same device."""
+        return SparseRows(self.row_starts, self.columns.to(torch.int32), values, self.shape)
+
+    @cached_property
+    def flat_index(self) -> Tensor:
+        """(nnz,) int32: row · in + column. Made at the first use, by the torch forms of ops only."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.with_values(self.columns).flat_index()
