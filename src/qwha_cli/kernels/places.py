@@ -1,7 +1,7 @@
 """Where the entries of a sparse matrix F lie, in the form that the adapted layer reads at every step.
 
-Compressed rows with columns of 16 bits: a quarter of what 64-bit indices take, and each program of a kernel finds its row's entries
-side by side. The form on disk is another one, see gaps.py.
+Compressed rows with columns of 16 bits: a quarter of what 64-bit indices take, and each program of a kernel finds its row's
+entries side by side. The form on disk is another one, see gaps.py.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qwha_cli.models.liger import FusedHead
+
 IGNORED = -100
 
 
@@ -70,6 +72,26 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor], *, narrow: bool 
     # fp32: a bf16 log-softmax over 50k to 250k words loses the third digit of the loss.
     losses = functional.cross_entropy(logits[labelled].float(), targets[labelled], reduction="none")
     return TokenLosses(losses=losses, rows=labelled.nonzero()[:, 0])
+
+
+def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, head: FusedHead | None) -> Tensor:
+    """The sum of `token_losses` over a batch.
+
+    Args:
+        model: As for `token_losses`.
+        batch: As for `token_losses`.
+        head: What stands in the place of the model's head, if something does: then logits are never made.
+
+    Returns:
+        float32 scalar, nats; differentiable.
+    """
+    if head is None:
+        return token_losses(model, batch).losses.sum()
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    targets = batch["labels"][:, 1:]
+    hidden: Tensor = model(**inputs, use_cache=False).logits[:, :-1]
+    labelled = targets != IGNORED
+    return head.summed_loss(hidden[labelled], targets[labelled])
 
 
 def count_labelled(labels: Tensor) -> int:

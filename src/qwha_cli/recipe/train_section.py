@@ -76,6 +76,12 @@ class TrainSection(Section):
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], Field(description="Arithmetic of the forward; adapter values stay float32.")
     ] = "auto"
+    kernels: Annotated[
+        Literal["auto", "torch", "liger"],
+        Field(
+            description="Norms, activations, rotations and loss: Liger's where they run (`auto`), or transformers' own (`torch`)."
+        ),
+    ] = "auto"
     checkpointing: Annotated[bool, Field(description="Recompute activations in the backward: less memory, more time.")] = False
     keep: Annotated[
         Literal["memory", "speed"],

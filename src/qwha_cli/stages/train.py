@@ -103,6 +103,7 @@ def _settings(recipe: Recipe, pad_id: int) -> TrainSettings:
         weight_decay=t.weight_decay,
         clip=t.clip,
         precision=t.precision,
+        kernels=t.kernels,
         checkpointing=t.checkpointing,
         save_every=t.save_every,
         validate_every=t.validation.every if t.validation else None,

@@ -12,16 +12,19 @@ import contextlib
 import math
 import resource
 from collections.abc import Generator, Mapping, Sequence
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.tokenize import Encoded
 from qwha_cli.errors import ResourceError, UsageError
-from qwha_cli.models.token_loss import count_labelled, token_losses
+from qwha_cli.models.liger import FusedHead, apply_to_layers, choose_kernels, fused_head
+from qwha_cli.models.token_loss import count_labelled, summed_loss
 from qwha_cli.training.batches import StepBatches
 from qwha_cli.training.optim import build_optimizer, restore_tensors, set_learning_rate, trained_parameters, training_tensors
 from qwha_cli.training.precision import autocasting, choose_precision
@@ -56,6 +59,10 @@ class Engine:
             raise UsageError("the model has no parameter to train", where="train", remedy="add an adapter before training")
         self.optimizer = build_optimizer(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay)
         self.precision = choose_precision(settings.precision, device=self.device)
+        self.kernels = choose_kernels(settings.kernels, model=self._causal_model(), device=self.device)
+        self._head: FusedHead | None = None
+        if self.kernels.layers:
+            apply_to_layers(self._causal_model())
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -65,8 +72,7 @@ class Engine:
 
         The caller's random state is left as it was.
         """
-        get_base_model = getattr(self.model, "get_base_model", None)
-        base = get_base_model() if callable(get_base_model) else self.model
+        base = self._causal_model()
         if self.settings.checkpointing:
             # the re-entrant form would need a gradient on the frozen embeddings' output
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
@@ -74,9 +80,12 @@ class Engine:
         if self.ranks > 1:
             self.wrapped = self.accelerator.prepare_model(self.model, device_placement=False)
         try:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            with contextlib.ExitStack() as stack:
+                self._head = stack.enter_context(fused_head(base)) if self.kernels.loss else None
+                stack.enter_context(torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []))
                 yield
         finally:
+            self._head = None
             if self.settings.checkpointing:
                 base.gradient_checkpointing_disable()  # pyright: ignore
             self.optimizer.zero_grad(set_to_none=True)
@@ -101,7 +110,7 @@ class Engine:
                 exchange = number == len(batches.forwards) or self.ranks == 1
                 with contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.wrapped):
                     with autocasting(self.precision.autocast, device=self.device):
-                        loss = token_losses(self.wrapped, self._on_device(forward)).losses.sum()
+                        loss = summed_loss(self.wrapped, self._on_device(forward), head=self._head)
                     (loss * factor).backward()
                 total += loss.detach().double()
             clip = self.settings.clip if self.settings.clip is not None else math.inf
@@ -125,9 +134,8 @@ class Engine:
         with torch.no_grad(), self._memory_guard(), autocasting(self.precision.autocast, device=self.device):
             for start in range(0, len(mine), size):
                 batch = self._on_device(pad_batch(mine[start : start + size], pad_id=self.settings.pad_id))
-                losses = token_losses(self.model, batch).losses.double()
-                sums[0] += losses.sum()
-                sums[1] += losses.numel()
+                sums[0] += summed_loss(self.model, batch, head=self._head).double()
+                sums[1] += count_labelled(batch["labels"])
         self.model.train()
         total, count = self._sum(sums).tolist()
         return total / max(1.0, count)
@@ -153,6 +161,11 @@ class Engine:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def _causal_model(self) -> PreTrainedModel:
+        """The causal language model under peft's wrapper."""
+        get_base_model = getattr(self.model, "get_base_model", None)
+        return cast(PreTrainedModel, get_base_model() if callable(get_base_model) else self.model)
 
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}

@@ -134,6 +134,7 @@ class _Run:
             return
         self.progress.start(self.total_steps)
         self._note(self.engine.precision.reason)
+        self._note(self.engine.kernels.reason)
         if self.engine.ranks > 1:
             share = self.settings.batch_size // self.engine.ranks
             self._note(f"training on {self.engine.ranks} processes of {share} sequences each")

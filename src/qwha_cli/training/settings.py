@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwha_cli.models.liger import Kernels
 from qwha_cli.training.metrics import ValidationPoint
 from qwha_cli.training.optim import Schedule
 from qwha_cli.training.precision import Precision
@@ -29,6 +30,7 @@ class TrainSettings:
         weight_decay: AdamW's, decoupled.
         clip: Largest gradient norm; None for no clipping.
         precision: Arithmetic of the forward and backward passes.
+        kernels: Whose norms, activations, rotations and loss.
         checkpointing: Recompute activations in the backward pass instead of keeping them.
         save_every: Steps between checkpoints; None saves only at the end.
         validate_every: Steps between validations, which also happen before the first and after the last step; None for none.
@@ -48,6 +50,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     clip: float | None = 1.0
     precision: Precision = "auto"
+    kernels: Kernels = "auto"
     checkpointing: bool = False
     save_every: int | None = 50
     validate_every: int | None = None

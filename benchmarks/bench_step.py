@@ -1,0 +1,270 @@
+"""Time and memory of a training step: the product in both bases beside its rivals, same tokens, attention and Liger kernels.
+
+    python benchmarks/bench_step.py run --shape llama-3.2-3b --out docs/results/data/step.jsonl
+    python benchmarks/bench_step.py profile --row "ours, hadamard" --out profile
+    python benchmarks/bench_step.py table docs/results/data/step.jsonl
+
+A step is forward, loss and backward of random tokens under bfloat16 autocast, all of them labelled; no optimizer, whose time is
+the same for equal numbers of trained values. Median of --steps after --warmup. Peak memory is the device's from before the
+model is built. Rows: `official` is the published layer's arithmetic on a 2-bit base, QLoRA is bitsandbytes' NF4 under peft,
+`full` trains all linear layers in bfloat16 without an adapter: the same matrix products as ours. --loss plain takes
+transformers' own kernels for every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from shape_models import (
+    DTYPE,
+    OfficialLinear,
+    dense_model,
+    exchange,
+    linears,
+    quantized_model,
+    random_packed,
+    random_rows,
+    with_lora,
+    with_sparse_adapter,
+)
+from torch import nn
+from transformers import PreTrainedModel
+
+from qwha_cli.adapters.build import set_keep
+from qwha_cli.models.liger import FusedHead, apply_to_layers, choose_kernels, fused_head
+from qwha_cli.models.token_loss import summed_loss
+
+CASES = {"16 on": (16, True), "16 off": (16, False), "1 on": (1, True), "1 off": (1, False), "4 on": (4, True)}
+
+
+def _ours(basis: str, keep: str = "memory") -> Callable[[argparse.Namespace], nn.Module]:
+    def build(a: argparse.Namespace) -> nn.Module:
+        base = quantized_model(a.shape, bits=2, group=64, basis=basis, device=a.device)  # pyright: ignore
+        model = with_sparse_adapter(base, rank=a.rank, device=a.device)
+        set_keep(model, keep)  # pyright: ignore
+        return model
+
+    return build
+
+
+def _official(a: argparse.Namespace) -> nn.Module:
+    model = quantized_model(a.shape, bits=2, group=64, basis="weight", device=a.device)
+
+    def layer(old: nn.Module) -> nn.Module:
+        size = (cast(int, old.out_features), cast(int, old.in_features))
+        packed = random_packed(size, bits=2, group=64, basis="weight", device=a.device)
+        return OfficialLinear(packed, random_rows(size, rank=a.rank, device=a.device))
+
+    exchange(model, layer)
+    return model
+
+
+def _qlora(a: argparse.Namespace) -> nn.Module:
+    import bitsandbytes
+
+    model = dense_model(a.shape, device="cpu" if a.shape.startswith("tiny") else a.device)
+
+    def layer(old: nn.Linear) -> nn.Module:
+        made = bitsandbytes.nn.Linear4bit(
+            old.in_features, old.out_features, bias=False, compute_dtype=DTYPE, quant_type="nf4", compress_statistics=True
+        )
+        made.weight = bitsandbytes.nn.Params4bit(old.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+        return made.to(a.device)
+
+    exchange(model, layer)
+    return with_lora(model.to(a.device), rank=a.rank)  # pyright: ignore
+
+
+def _full(a: argparse.Namespace) -> nn.Module:
+    model = dense_model(a.shape, device=a.device)
+    for layer in linears(model).values():
+        layer.requires_grad_(True)
+    return model
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
+    "official": _official,
+    "QLoRA": _qlora,
+    "LoRA on 2 bits": lambda a: with_lora(
+        quantized_model(a.shape, bits=2, group=64, basis="weight", device=a.device), rank=a.rank
+    ),
+    "LoRA on bf16": lambda a: with_lora(dense_model(a.shape, device=a.device), rank=a.rank),
+    "full bf16": _full,
+    "ours, hadamard": _ours("hadamard"),
+    "ours, weight": _ours("weight"),
+    "ours, hadamard, keep speed": _ours("hadamard", "speed"),
+}
+
+
+class Step:
+    """A model ready to take steps of one case.
+
+    Args:
+        model: With everything that is trained requiring a gradient.
+        batch: Sequences.
+        length: Tokens a sequence.
+        checkpointing: Recompute activations.
+        liger: Whether to use Liger's kernels.
+        device: Of the model.
+    """
+
+    def __init__(self, model: nn.Module, *, length: int, liger: bool, device: str) -> None:
+        self.model = model
+        get_base = getattr(model, "get_base_model", None)
+        self.causal = cast(PreTrainedModel, get_base() if callable(get_base) else model)
+        self.length, self.device = length, device
+        choice = choose_kernels("liger" if liger else "torch", model=self.causal, device=torch.device(device))
+        if choice.layers:
+            apply_to_layers(self.causal)
+        self.fused = choice.loss
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    @contextlib.contextmanager
+    def case(self, batch: int, checkpointing: bool) -> Iterator[Callable[[], torch.Tensor]]:
+        """Give the function that takes a step."""
+        ids = torch.randint(0, self.causal.config.vocab_size, (batch, self.length), device=self.device)
+        data = {"input_ids": ids, "labels": ids}
+        if checkpointing:
+            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.causal.gradient_checkpointing_disable()
+        self.model.train()
+        with contextlib.ExitStack() as stack:
+            head: FusedHead | None = stack.enter_context(fused_head(self.causal)) if self.fused else None
+
+            def step() -> torch.Tensor:
+                with torch.autocast(self.device, dtype=DTYPE):
+                    loss = summed_loss(self.model, data, head=head) / ids.numel()
+                loss.backward()
+                for parameter in self.trained:
+                    parameter.grad = None
+                return loss.detach()
+
+            yield step
+
+
+def measure(step: Callable[[], torch.Tensor], *, warmup: int, steps: int) -> tuple[float, float]:
+    """Median milliseconds of a step, and its loss."""
+    loss = torch.zeros(())
+    for _ in range(warmup):
+        loss = step()
+    times: list[float] = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times), float(loss)
+
+
+def run(a: argparse.Namespace) -> None:
+    """Measure the rows and append a line each."""
+    for name in a.rows.split(";"):
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            started = time.monotonic()
+            step = Step(ROWS[name](a), length=a.length, liger=a.loss == "liger", device=a.device)
+            built = round(time.monotonic() - started, 1)
+            resident = torch.cuda.memory_allocated() / 2**30
+            for case in a.cases.split(","):
+                batch, checkpointing = CASES[case]
+                torch.cuda.reset_peak_memory_stats()
+                with step.case(batch, checkpointing) as take:
+                    ms, loss = measure(take, warmup=a.warmup, steps=a.steps)
+                line = {
+                    "row": name, "shape": a.shape, "case": case, "length": a.length, "rank": a.rank, "loss_kernels": a.loss,
+                    "ms": round(ms, 2), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+                    "resident_gib": round(resident, 3), "loss": round(loss, 4), "built_s": built,
+                    "commit": a.commit, "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                }  # fmt: skip
+                print(json.dumps(line), flush=True)
+                with Path(a.out).open("a") as out:
+                    out.write(json.dumps(line) + "\n")
+        except (RuntimeError, torch.OutOfMemoryError, ImportError) as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        step = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def profile(a: argparse.Namespace) -> None:
+    """Where a step's time goes: a table by kernel on the terminal, and a trace."""
+    step = Step(ROWS[a.rows](a), length=a.length, liger=a.loss == "liger", device=a.device)
+    batch, checkpointing = CASES[a.cases]
+    folder = Path(a.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with step.case(batch, checkpointing) as take:
+        measure(take, warmup=3, steps=1)
+        kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=kinds) as found:
+            take()
+            torch.cuda.synchronize()
+    averages = found.key_averages()
+    lines = [
+        {"name": e.key[:160], "calls": e.count, "cuda_ms": round(e.self_device_time_total / 1e3, 3),
+         "cpu_ms": round(e.self_cpu_time_total / 1e3, 3)}
+        for e in averages
+    ]  # fmt: skip
+    lines.sort(key=lambda line: -cast(float, line["cuda_ms"]))
+    (folder / f"profile-{a.rows}-{a.cases}.json".replace(" ", "-").replace(",", "")).write_text(json.dumps(lines[:80], indent=0))
+    print(averages.table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=70))
+
+
+def table(paths: list[str]) -> str:
+    """The lines as Markdown: a row a method, milliseconds and peak memory of every case."""
+    lines = [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
+    cases = [case for case in CASES if any(line["case"] == case for line in lines)]
+    found = {(line["row"], line["case"]): line for line in lines}
+    parts = ["| | " + " | ".join(f"{c}: ms | GiB" for c in cases) + " |", "|---|" + "---:|---:|" * len(cases)]
+    for row in ROWS:
+        cells = [f"{found[row, c]['ms']:.0f} | {found[row, c]['peak_gib']:.1f}" if (row, c) in found else "– | –" for c in cases]
+        if any(cell[0] != "–" for cell in cells):
+            parts.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Parse the command line and do what it says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, rows, cases in (("run", ";".join(ROWS), "16 on,16 off,1 on"), ("profile", "ours, hadamard", "16 on")):
+        command = commands.add_parser(name)
+        command.add_argument("--shape", default="llama-3.2-3b", help="of models/random.py")
+        command.add_argument("--rows", default=rows, help="names, separated by ;")
+        command.add_argument("--cases", default=cases, help=f"of {', '.join(CASES)}: sequences, and checkpointing on or off")
+        command.add_argument("--length", type=int, default=512)
+        command.add_argument("--rank", type=int, default=64)
+        command.add_argument("--warmup", type=int, default=2)
+        command.add_argument("--steps", type=int, default=5)
+        command.add_argument("--loss", choices=("liger", "plain"), default="liger")
+        command.add_argument("--device", default="cuda")
+        command.add_argument("--commit", default=_commit())
+        command.add_argument("--out", required=True)
+    shown = commands.add_parser("table")
+    shown.add_argument("results", nargs="+")
+    a = parser.parse_args()
+    if a.command == "table":
+        print(table(a.results))
+    else:
+        torch.manual_seed(0)
+        {"run": run, "profile": profile}[a.command](a)
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "not known"
+
+
+if __name__ == "__main__":
+    main()
