@@ -21,7 +21,7 @@ Backend = Literal["torch", "triton"]
 Requested = Literal["auto", "torch", "triton"]
 
 # ops that have a Triton form
-_TRITON: frozenset[str] = frozenset({"column_sweep", "row_solve"})
+_TRITON: frozenset[str] = frozenset({"column_sweep", "row_solve", "wht"})
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,15 @@ def choose(requested: Requested, *, op: str, device: torch.device) -> Choice:
     Raises:
         KernelError: `triton` was asked for and this op has no Triton form, or this machine cannot run it.
     """
+    # read anew each time, because tests set it
+    return _choose(requested, op, device.type, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@lru_cache(maxsize=256)
+def _choose(requested: Requested, op: str, device_type: str, interpreted: bool) -> Choice:
     if requested == "torch":
         return Choice("torch", "asked for")
-    lacking = _lacking(op, device.type)
+    lacking = _lacking(op, device_type, interpreted)
     if lacking is None:
         return Choice("triton", "asked for" if requested == "triton" else "the fastest that exists")
     if requested == "triton":
@@ -53,14 +59,14 @@ def choose(requested: Requested, *, op: str, device: torch.device) -> Choice:
     return Choice("torch", lacking)
 
 
-def _lacking(op: str, device_type: str) -> str | None:
+def _lacking(op: str, device_type: str, interpreted: bool) -> str | None:
     """What stands between this op and its Triton kernel; None for nothing."""
     if op not in _TRITON:
         return "there is no Triton kernel for this op yet"
     if not _has_triton():
         return "triton is not installed"
     # Triton's interpreter runs kernels on CPU tensors, for tests
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device_type != "cuda" and not interpreted:
         return f"Triton kernels run on CUDA devices, not on {device_type}"
     return None
 

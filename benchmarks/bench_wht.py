@@ -1,0 +1,268 @@
+"""The transform's kernel against a copy of the same tensor: every cut that may be good, the cuts chosen, and their errors.
+
+    python benchmarks/bench_wht.py tune  --out tune.jsonl        # all candidates of the shapes of models, bfloat16; a minute
+    python benchmarks/bench_wht.py run   --out run.jsonl         # the chosen cut for some rows and dtypes, beside torch
+    python benchmarks/bench_wht.py check                         # odd sizes, all dtypes, both directions, against float64
+
+Needs a CUDA device. A time is the median of single calls between CUDA events, a buffer larger than the cache written before each.
+GB/s counts what must be read and written once; `share` is that of the copy's GB/s in this run. Before `tune` and `check` work,
+processes compile side by side into Triton's cache: compiling takes longer than measuring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwha_cli.kernels import wht_triton
+from qwha_cli.kernels.hadamard import dense
+from qwha_cli.kernels.wht import wht
+from qwha_cli.kernels.wht_tiles import Tiles, tiles_for, unfit
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Llama, Qwen, Gemma, Phi; the first four have the whole list of candidates
+SIZES = [3072, 4096, 8192, 14336, 2048, 5120, 11008, 18944]
+CHECKED = [2, 12, 16, 48, 64, 66, 80, 96, 128, 256, 576, 736, 896, 1184, 1536, 2048, 3072, 4096, 4864, 5120, 8192, 11008, 14336]
+CHECKED += [16384, 17408, 18944, 27648, 28672, 32768]
+_NUMBERS = 2**26
+
+
+def _both(tiles: list[Tiles]) -> Iterator[Tiles]:
+    """Each cut with one group of rows a program, and with programs that stay, one or two groups on their way."""
+    for cut in tiles:
+        yield cut
+    for cut in tiles:
+        for stages in (1, 2):
+            yield _with(cut, programs=132 * max(1, 16 // cut.warps), stages=stages)
+
+
+def _with(cut: Tiles, **changes: object) -> Tiles:
+    return Tiles(**{**asdict(cut), **changes})  # pyright: ignore[reportArgumentType]
+
+
+def candidates(size: int) -> list[Tiles]:
+    """The cuts worth measuring: products inside or butterflies between lanes, orders, rows and warps."""
+    d, e = "dot", "exchange"
+    match size:
+        case 3072:
+            once = [
+                *(Tiles(48, 1, 64, 64, d, rows, warps) for rows, warps in [(1, 4), (2, 4), (2, 8), (4, 8)]),
+                *(Tiles(48, 1, 64, 16, d, rows, 4) for rows in (1, 2)),
+                *(Tiles(24, 1, 128, 32, d, rows, 4) for rows in (1, 2, 4)),
+                *(Tiles(12, 4, 64, 16, d, rows, 4) for rows in (1, 2, 4)),
+                *(Tiles(12, 2, 128, 16, d, rows, 4) for rows in (2, 4)),
+                *(Tiles(12, 1, 256, 16, e, rows, 4) for rows in (1, 2)),
+            ]
+            return [*_both(once[:3]), *once[3:]]
+        case 4096:
+            once = [
+                *(Tiles(64, 1, 64, 64, d, rows, warps) for rows, warps in [(1, 4), (2, 4), (2, 8), (4, 8)]),
+                *(Tiles(32, 1, 128, 32, d, rows, 4) for rows in (1, 2, 4)),
+                *(Tiles(32, 2, 64, 32, d, rows, 4) for rows in (1, 2)),
+                *(Tiles(16, 4, 64, 16, d, rows, 4) for rows in (1, 2, 4)),
+                *(Tiles(16, 2, 128, 16, d, rows, 4) for rows in (2, 4)),
+                *(Tiles(16, 1, 256, 16, e, rows, 4) for rows in (1, 2)),
+                Tiles(1, 16, 256, 1, e, 4, 4),
+                Tiles(1, 16, 256, 1, e, 2, 2),
+            ]
+            return [*_both(once[:3]), *once[3:]]
+        case 8192:
+            once = [
+                *(Tiles(64, 2, 64, 64, d, rows, warps) for rows, warps in [(1, 4), (1, 8), (2, 8)]),
+                *(Tiles(64, 1, 128, 64, d, rows, warps) for rows, warps in [(1, 4), (1, 8), (2, 8)]),
+                *(Tiles(32, 4, 64, 32, d, rows, warps) for rows, warps in [(1, 4), (1, 8), (2, 4)]),
+                *(Tiles(32, 2, 128, 32, d, rows, 4) for rows in (1, 2)),
+                *(Tiles(16, 8, 64, 16, d, 1, warps) for warps in (4, 8)),
+                *(Tiles(32, 1, 256, 32, e, 1, warps) for warps in (4, 8)),
+                Tiles(16, 2, 256, 16, e, 1, 4),
+            ]
+            return [*_both(once[:2]), *_both(once[3:5]), once[2], *once[5:]]
+        case 14336:
+            once = [
+                *(Tiles(112, 2, 64, 128, d, 1, warps) for warps in (4, 8)),
+                Tiles(112, 1, 128, 128, d, 1, 8),
+                *(Tiles(56, 4, 64, 64, d, 1, warps) for warps in (4, 8)),
+                Tiles(56, 2, 128, 64, d, 1, 8),
+                *(Tiles(28, 8, 64, 32, d, 1, warps) for warps in (4, 8)),
+                *(Tiles(28, 4, 128, 32, d, 1, warps) for warps in (4, 8)),
+                *(Tiles(28, 2, 256, 32, e, 1, warps) for warps in (4, 8)),
+            ]
+            return [*_both(once[1:2]), *_both(once[4:5]), *_both(once[7:8]), once[0], *once[2:4], *once[5:7], *once[8:]]
+        case 11008:
+            return [Tiles(172, 1, 64, 32, d, 1, 4), Tiles(172, 1, 64, 32, d, 1, 8), Tiles(172, 1, 64, 64, d, 1, 8)]
+        case 18944:
+            return [Tiles(148, 2, 64, 32, d, 1, 8), Tiles(148, 1, 128, 32, d, 1, 8), Tiles(148, 2, 64, 64, d, 1, 8)]
+        case 5120:
+            return [Tiles(40, 2, 64, 16, d, 1, 4), Tiles(40, 2, 64, 64, d, 1, 4), Tiles(20, 4, 64, 32, d, 1, 4)]
+        case 2048:
+            return [Tiles(32, 1, 64, 32, d, rows, 4) for rows in (1, 2, 4)]
+        case _:
+            return [tiles_for(size, torch.bfloat16)]
+
+
+class Timer:
+    """Median times of calls that find the cache cold."""
+
+    def __init__(self) -> None:
+        self.flushed = torch.empty(2**26, dtype=torch.int32, device="cuda")
+
+    def ms(self, call: Callable[[], object], repeats: int = 25) -> float:
+        """Median of single calls, the first two left out."""
+        times: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        for _ in range(repeats + 2):
+            self.flushed.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            times.append((start, end))
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in times[2:])
+
+
+def _exact(x: Tensor, transpose: bool) -> Tensor:
+    """float64, in the torch form, which the tests hold against the dense matrix."""
+    return wht(x.double(), transpose=transpose, backend="torch")
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).abs().max() / exact.abs().max())
+
+
+def measure(
+    timer: Timer, size: int, rows: int, dtype: str, tiles: Tiles, *, with_torch: bool, add: bool = False
+) -> dict[str, object]:
+    """One line: time, bandwidth, share of the copy's, error."""
+    x = torch.randn(rows, size, device="cuda", dtype=torch.float32).to(DTYPES[dtype])
+    other = torch.randn_like(x) if add else None
+    target = torch.empty_like(x)
+    line: dict[str, object] = {"n": size, "rows": rows, "dtype": dtype, "add": add, "tiles": asdict(tiles)}
+    try:
+        found = wht_triton.wht(x[:16], None, transpose=False, tiles=tiles)
+        line["error"] = _error(found, _exact(x[:16], False))
+        own = timer.ms(lambda: wht_triton.wht(x, other, transpose=False, tiles=tiles))
+    except Exception as error:
+        # a candidate that does not compile or needs too much memory is a result too
+        return {**line, "failed": f"{type(error).__name__}: {str(error)[:200]}"}
+    copy = timer.ms(lambda: target.copy_(x))
+    moved = (3 if add else 2) * x.numel() * x.element_size()
+    line |= {"ms": own, "gb_s": moved / own / 1e6, "copy_ms": copy, "copy_gb_s": 2 * x.numel() * x.element_size() / copy / 1e6}
+    line["share"] = line["gb_s"] / line["copy_gb_s"]  # pyright: ignore[reportOperatorIssue]
+    if with_torch:
+        line["torch_ms"] = timer.ms(lambda: wht(x, add=other, backend="torch"), repeats=10)
+        line["torch_error"] = _error(wht(x[:16], backend="torch"), _exact(x[:16], False))
+    return line
+
+
+def tune(out: Path, workers: int) -> None:
+    """Time all candidates, the best of each size last."""
+    in_parts("compile", workers)
+    timer = Timer()
+    for size in SIZES:
+        lines = [measure(timer, size, _NUMBERS // size, "bf16", tiles, with_torch=False) for tiles in candidates(size)]
+        for line in sorted(lines, key=lambda line: line.get("share", 0.0)):  # pyright: ignore[reportArgumentType,reportCallIssue]
+            _write(out, line)
+
+
+def in_parts(command: str, workers: int) -> bool:
+    """Run a command of this script in so many processes, each a part of it; whether all ended well."""
+    processes = [subprocess.Popen([sys.executable, __file__, command, "--part", f"{i}/{workers}"]) for i in range(workers)]
+    # all of them, before the answer
+    codes = [process.wait() for process in processes]
+    return not any(codes)
+
+
+def compile_candidates(index: int, count: int) -> None:
+    """Launch every so-many-th candidate once, which leaves it in Triton's cache."""
+    every = [(size, tiles) for size in SIZES for tiles in candidates(size)]
+    for size, tiles in every[index::count]:
+        try:
+            wht_triton.wht(torch.zeros(16, size, device="cuda", dtype=torch.bfloat16), None, transpose=False, tiles=tiles)
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"{size} {tiles}: {type(error).__name__}", file=sys.stderr)
+
+
+def run(out: Path) -> None:
+    """Time the chosen cuts."""
+    timer = Timer()
+    for size in SIZES:
+        cases = [("bf16", rows, False) for rows in (512, 2048, 8192, 16384)]
+        cases += [("bf16", 8192, True), ("fp16", 8192, False), ("fp32", 8192, False)]
+        for dtype, rows, add in cases:
+            if unfit(size, DTYPES[dtype]) is None:
+                tiles = tiles_for(size, DTYPES[dtype])
+                _write(out, measure(timer, size, rows, dtype, tiles, with_torch=True, add=add))
+
+
+def check(index: int, count: int) -> bool:
+    """Compare with float64: at most twice the error of torch's form in the same dtype, or of rounding the exact result."""
+    bad = 0
+    for size, name in [(size, name) for name in DTYPES for size in CHECKED][index::count]:
+        dtype = DTYPES[name]
+        if (lacking := unfit(size, dtype)) is not None:
+            print(f"{size} {name}: {lacking}")
+            continue
+        for transpose in (False, True):
+            for rows, add, spread in ((1, False, 1.0), (131, True, 1.0), (131, False, 1000.0)):
+                x = (torch.randn(rows, size, device="cuda") * spread).to(dtype)
+                other = torch.randn(rows, size, device="cuda").to(dtype) if add else None
+                exact = _exact(x, transpose) + (0 if other is None else other.double())
+                error = _error(wht(x, transpose=transpose, add=other, backend="triton"), exact)
+                torch_error = _error(wht(x, transpose=transpose, add=other, backend="torch"), exact)
+                if not error <= 2 * max(torch_error, _error(exact.to(dtype), exact)) + 1e-7:
+                    bad += 1
+                    print(f"WRONG {size} {name} transpose={transpose} {rows} {add}: {error:.2e}, torch {torch_error:.2e}")
+    # the reference of all this against the matrix itself
+    x = torch.randn(3, 3072, dtype=torch.float64, device="cuda")
+    bad += int(_error(_exact(x, True), x @ dense(3072, device="cuda").T) > 1e-12)
+    print(f"part {index}: {bad} wrong")
+    return bad == 0
+
+
+def _write(out: Path, line: dict[str, object]) -> None:
+    line["card"] = torch.cuda.get_device_name()
+    text = json.dumps({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in line.items()})
+    print(text, flush=True)
+    with out.open("a") as file:
+        file.write(text + "\n")
+
+
+def main() -> None:
+    """Parse the command line and do what it says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["tune", "run", "check", "compile"])
+    parser.add_argument("--out", type=Path, default=Path("bench_wht.jsonl"))
+    parser.add_argument("--check", action="store_true", help="check first")
+    parser.add_argument("--part", help="of check and compile: I/N, every N-th case from the I-th on, in this process")
+    parser.add_argument("--workers", type=int, default=max(1, min(12, os.cpu_count() or 1)), help="processes that compile")
+    arguments = parser.parse_args()
+    if arguments.part:
+        index, count = (int(number) for number in arguments.part.split("/"))
+        if arguments.command == "check":
+            sys.exit(not check(index, count))
+        compile_candidates(index, count)
+        return
+    if arguments.check or arguments.command == "check":
+        right = in_parts("check", arguments.workers)
+        print("all right" if right else "WRONG results, see above")
+        if not right:
+            sys.exit(1)
+    if arguments.command == "tune":
+        tune(arguments.out, arguments.workers)
+    elif arguments.command == "run":
+        run(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""How the Triton kernel of the transform cuts a row, and which sizes it takes.
+
+A block of b numbers is seen as (a, t, q), H_b = (A ⊗ S_t ⊗ S_q) / sqrt(b): A = base ⊗ S is multiplied on the tensor cores, S_t is
+done in additions between registers, and q, contiguous in memory, inside a tile. The cut is a function of size and dtype alone and
+is measured beforehand (benchmarks/bench_wht.py), never at run time: equal inputs give equal bits on equal cards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from qwha_cli.kernels.hadamard import plan
+
+# a row stays in registers between its load and its store; numbers with their padding, of 16 bits
+_LARGEST_PROGRAM = 32768
+# above it, products with 64 rows of A at once need more registers than there are
+_LARGEST_WIDE_PROGRAM = 16384
+_SMALLEST_PROGRAM = 4096
+_LARGEST_OUTER = 256
+# a product on the tensor cores sums at least 16 numbers
+_SMALLEST_PRODUCT = 16
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A cut of a block of outer · tiles · inner numbers.
+
+    Attributes:
+        outer: a, the order of the matrix A; 1 for none.
+        tiles: t, a power of two.
+        inner: q, a power of two.
+        chunk: Rows and columns of A that are multiplied at once, a power of two; a is padded to a multiple.
+        way: How S_q is done: products on the tensor cores, or butterflies between the lanes of a warp.
+        rows: Rows of x that a program holds at once, a power of two.
+        warps: Warps of a program.
+        programs: Programs on the whole device, each taking one group of rows after another; None for one group each.
+        stages: Groups of rows that are on their way at once where a program takes several.
+    """
+
+    outer: int
+    tiles: int
+    inner: int
+    chunk: int
+    way: Literal["dot", "exchange"] = "dot"
+    rows: int = 1
+    warps: int = 4
+    programs: int | None = None
+    stages: int = 1
+
+    @property
+    def block(self) -> int:
+        """Numbers of one Hadamard block."""
+        return self.outer * self.tiles * self.inner
+
+    @property
+    def padded(self) -> int:
+        """The outer order with its padding."""
+        return -(-self.outer // self.chunk) * self.chunk
+
+    @property
+    def held(self) -> int:
+        """Numbers that a program holds at once, padding among them."""
+        return self.padded * self.tiles * self.inner * self.rows
+
+
+@lru_cache(maxsize=1024)
+def unfit(size: int, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernel does not take rows of this size and dtype; None if it does.
+
+    It takes bfloat16, float16 and float32 whose Hadamard block has a base of at most 256 and fits, padded, into the registers of
+    a program: 32,768 numbers, half as many of float32.
+
+    Raises:
+        KernelError: size < 1.
+    """
+    chosen = plan(size)
+    if dtype not in _DTYPES:
+        return f"the Triton kernel of wht computes no {dtype}"
+    if chosen.block == 1:
+        return f"the transform of rows of {size} changes nothing"
+    if chosen.base > _LARGEST_OUTER:
+        return f"rows of {size} have a base of order {chosen.base}, the Triton kernel of wht takes up to {_LARGEST_OUTER}"
+    held, limit = tiles_for(size, dtype).held, _LARGEST_PROGRAM * 2 // dtype.itemsize
+    if held > limit:
+        return f"rows of {size} take {held} registers with their padding, a program of the Triton kernel of wht has {limit}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def tiles_for(size: int, dtype: torch.dtype) -> Tiles:
+    """The cut of a size and dtype that are not `unfit`."""
+    chosen = plan(size)
+    wide = _cut(chosen.base, chosen.log2, 64)
+    # float32 is three operands, but of few rows at once
+    return wide if wide.held * dtype.itemsize <= _LARGEST_WIDE_PROGRAM * 2 else _cut(chosen.base, chosen.log2, 32)
+
+
+def _cut(base: int, log2: int, largest_outer: int) -> Tiles:
+    """64 numbers inside where there are as many, an outer order up to the largest, tiles for what is left."""
+    inner = min(6, log2)
+    if base == 1:
+        # shorter rows are balanced, so that both products have enough to sum
+        inner = min(inner, log2 if log2 < 8 else -(-log2 // 2))
+        outer = 1 if log2 < 8 else min(largest_outer, 2 ** (log2 - inner))
+    else:
+        outer = base
+        while outer * 2 <= largest_outer and outer < base * 2 ** (log2 - inner):
+            outer *= 2
+    tiles = base * 2 ** (log2 - inner) // outer
+    chunk = _chunk(outer, largest_outer)
+    held = -(-outer // chunk) * chunk * tiles * 2**inner
+    # a power of two, as everything in Triton is
+    rows = 2 ** max(0, (_SMALLEST_PROGRAM // held).bit_length() - 1)
+    way = "dot" if 2**inner >= _SMALLEST_PRODUCT else "exchange"
+    return Tiles(outer, tiles, 2**inner, chunk, way, rows, warps=4 if held * rows <= 8192 else 8)
+
+
+def _chunk(outer: int, largest: int) -> int:
+    """64, which the faster product of a Hopper card needs, if it is one chunk padded by a third at most; else what pads least."""
+    if outer == 1:
+        return 1
+    if largest == 64 and 48 <= outer <= 64:
+        return 64
+    # larger chunks are fewer products, in number with the square: worth a tenth more padding, and for many of them more
+    return 32 if outer > 80 or -(-outer // 32) * 32 * 10 <= -(-outer // 16) * 16 * 11 else 16

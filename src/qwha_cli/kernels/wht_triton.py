@@ -1,0 +1,187 @@
+"""The transform in Triton: a program reads a few rows once, transforms them in registers and writes them once; see wht.py.
+
+A row of b numbers is seen as (a, t, q), H_b = (A ⊗ S_t ⊗ S_q) / sqrt(b), S Sylvester's matrices; wht_tiles.py says how b is cut.
+
+    1. over q   inside a tile (a, q), in float32: by `exchange`, butterflies between the lanes of a warp, or by `dot`, X S_q
+    2. over t   butterflies between tiles; both are registers, so this costs an addition a number and nothing else
+    3. over a   Aᵀ X on the tensor cores, in chunks of rows and columns so that an a that is no power of two is padded little
+
+Between 2 and 3 the numbers are rounded to the dtype of x, as between the two products of the torch form; entries of ±1 are exact.
+Float32 goes into products as the sum of three bfloat16, which is exact and twice as fast as three TF32 parts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwha_cli.kernels.hadamard import base_matrix, plan
+from qwha_cli.kernels.wht_tiles import Tiles
+
+
+def wht(x: Tensor, add: Tensor | None, *, transpose: bool, tiles: Tiles) -> Tensor:
+    """As `wht.wht`, for a size, dtype and device that the kernel takes, cut as `tiles` says."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if not x.numel():
+        return out
+    rows = x.numel() // tiles.block
+    operand = _operand(x.dtype)
+    left, right = _matrices(tiles, operand, x.device, transpose)
+    # a power of two halfway keeps float16 in range; the others have range enough
+    middle = 2.0 ** -((tiles.tiles * tiles.inner).bit_length() // 2) if x.dtype == torch.float16 and tiles.outer > 1 else 1.0
+    groups = triton.cdiv(rows, tiles.rows)
+    # x may lie on another device than the current one
+    with torch.cuda.device_of(x):
+        _transform[(min(groups, tiles.programs or groups),)](
+            x, x if add is None else add.contiguous(), out, left, right, rows, 1 / (math.sqrt(tiles.block) * middle),
+            OUTER=tiles.outer, TILES=tiles.tiles, INNER=tiles.inner, CHUNK=tiles.chunk, ROWS=tiles.rows,
+            DOT=tiles.way == "dot", ADD=add is not None, MIDDLE=middle,
+            NUM_PIECES=3 if x.dtype != operand == torch.bfloat16 else 1, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return out
+
+
+def _operand(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what the products multiply."""
+    # Triton's interpreter, where tests run, multiplies the bit patterns of bfloat16 as integers
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.float32
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
+@lru_cache(maxsize=128)
+def _matrices(tiles: Tiles, dtype: torch.dtype, device: torch.device, transpose: bool) -> tuple[Tensor, Tensor]:
+    """What multiplies from the left, padded with zeros to whole chunks, and S_q; entries ±1."""
+    base = base_matrix(plan(tiles.block).base)
+    with torch.inference_mode(False):
+        outer = torch.kron(base, base_matrix(tiles.outer // base.shape[0]))
+        padded = torch.zeros(tiles.padded, tiles.padded, dtype=dtype)
+        # x A has the kernel Aᵀ on the left of the row as a matrix; Sylvester's is symmetric
+        padded[: tiles.outer, : tiles.outer] = outer if transpose else outer.mT
+        right = base_matrix(tiles.inner if tiles.way == "dot" else 1)
+        return padded.to(device), right.to(dtype).to(device)
+
+
+@triton.jit
+def _exchange(tile, SIZE: tl.constexpr):
+    """A tile times Sylvester's S, in butterflies along the rows of the tile."""
+    total: tl.constexpr = tile.shape[0] * tile.shape[1]
+    shape: tl.constexpr = tile.shape
+    half: tl.constexpr = SIZE // 2
+    if half > 0:
+        tile = _exchange(tile, half) if half > 1 else tile
+        pairs = tl.reshape(tile, [total // SIZE, 2, half])
+        # the sum over a pair is a shuffle, with no change of layout; sum − 2b is a − b
+        both = tl.sum(pairs, axis=1, keep_dims=True)
+        second = tl.arange(0, 2)[None, :, None] == 1
+        tile = tl.reshape(tl.where(second, both - 2 * pairs, both), shape)
+    return tile
+
+
+@triton.jit
+def _between(tiles, COUNT: tl.constexpr, HALF: tl.constexpr):
+    """S for a tuple of tiles, the steps from HALF on."""
+    if HALF < COUNT:
+        after = ()
+        for t in tl.static_range(COUNT):
+            if t & HALF == 0:
+                after += (tiles[t] + tiles[t + HALF],)
+            else:
+                after += (tiles[t - HALF] - tiles[t],)
+        tiles = _between(after, COUNT, 2 * HALF)
+    return tiles
+
+
+@triton.jit
+def _pieces(tile, dtype: tl.constexpr):
+    """A tile as operands whose sum it is: float32 in three bfloat16 of eight bits each, which is exact."""
+    if tile.dtype == tl.float32 and dtype == tl.bfloat16:
+        high = tile.to(tl.bfloat16)
+        rest = tile - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        pieces = (high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16))
+    else:
+        pieces = (tile.to(dtype),)
+    return pieces
+
+
+@triton.jit
+def _inner(
+    x_ptr, right, at, mask,
+    TILES: tl.constexpr, INNER: tl.constexpr, DOT: tl.constexpr, NUM_PIECES: tl.constexpr,
+):  # fmt: skip
+    """A chunk's tiles, loaded and transformed over q and t, in float32."""
+    done = ()
+    for t in tl.static_range(TILES):
+        tile = tl.load(x_ptr + at + t * INNER, mask=mask, other=0.0)
+        if DOT:
+            pieces = _pieces(tile, right.dtype)
+            tile = tl.dot(pieces[0], right)
+            for p in tl.static_range(1, NUM_PIECES):
+                tile = tl.dot(pieces[p], right, tile)
+        else:
+            tile = _exchange(tile.to(tl.float32), INNER)
+        done += (tile,)
+    return _between(done, TILES, 1)
+
+
+# a single row, or sixteen, is no reason to compile again
+@triton.jit(do_not_specialize=["rows"])
+def _transform(
+    x_ptr, add_ptr, out_ptr, left_ptr, right_ptr, rows, last,
+    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    DOT: tl.constexpr, ADD: tl.constexpr, MIDDLE: tl.constexpr, NUM_PIECES: tl.constexpr,
+):  # fmt: skip
+    chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
+    block: tl.constexpr = OUTER * TILES * INNER
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    operand: tl.constexpr = left_ptr.dtype.element_ty
+    # the rows of a tile are (a, row): so the reshape before the product over a moves nothing
+    a = tl.arange(0, CHUNK * ROWS) // ROWS
+    row = tl.arange(0, CHUNK * ROWS) % ROWS
+    q = tl.arange(0, INNER)
+    place = (row * block + a * (TILES * INNER))[:, None] + q[None, :]
+    corner = tl.arange(0, CHUNK)[:, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, :]
+    left = tl.load(left_ptr + corner)
+    right = tl.load(right_ptr + q[:, None] * INNER + q[None, :]) if DOT else left
+    # large inputs have more numbers than 32 bits count
+    stride = tl.full((), ROWS * block, tl.int64)
+    for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        start = group * stride
+        inside = row < rows - group * ROWS
+        parts = ()
+        for c in tl.static_range(chunks):
+            at = start + c * (CHUNK * TILES * INNER) + place
+            mask = (inside & (a < OUTER - c * CHUNK))[:, None]
+            done = _inner(x_ptr, right, at, mask, TILES, INNER, DOT, NUM_PIECES)
+            for t in tl.static_range(TILES):
+                if OUTER > 1:
+                    scaled = done[t] * MIDDLE if MIDDLE != 1 else done[t]
+                    pieces = _pieces(scaled, operand)
+                    for p in tl.static_range(NUM_PIECES):
+                        parts += (tl.reshape(pieces[p], [CHUNK, ROWS * INNER]),)
+                else:
+                    parts += (done[t],)
+        for c in tl.static_range(chunks):
+            mask = (inside & (a < OUTER - c * CHUNK))[:, None]
+            for t in tl.static_range(TILES):
+                result = parts[t]
+                if OUTER > 1:
+                    result = tl.zeros([CHUNK, ROWS * INNER], tl.float32)
+                    for k in tl.static_range(chunks):
+                        piece = left if chunks == 1 else tl.load(left_ptr + (c * chunks * CHUNK + k) * CHUNK + corner)
+                        for p in tl.static_range(NUM_PIECES):
+                            result = tl.dot(piece, parts[(k * TILES + t) * NUM_PIECES + p], result)
+                    result = tl.reshape(result, [CHUNK * ROWS, INNER])
+                result *= last
+                at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
+                if ADD:
+                    result += tl.load(add_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                tl.store(out_ptr + at, result.to(dtype), mask=mask)
