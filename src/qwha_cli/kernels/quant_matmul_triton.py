@@ -1,0 +1,337 @@
+"""A few tokens times codes and sparse entries in Triton; see quant_matmul.py.
+
+A program takes some outputs and a slice of the inputs, or of these outputs' entries; where there is more than one slice, a second
+kernel adds the slices' sums in a fixed order, so that results never depend on which program ends first. A code of b bits becomes a
+float32 without a conversion: its bits laid into the mantissa of 1.0 give 1 + c / 2^b, and of the sums over a group
+
+    Σ z_k s (c_k − zero) = s 2^b Σ z_k (1 + c_k / 2^b) − s (2^b + zero) Σ z_k.
+
+One token is multiplied element by element. More go through the tensor cores, padded to 16: code j of all units (words; 3 bits:
+three words) of a tile makes one product, for which inputs are laid out as (code in unit, unit, token) first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.places import Places
+
+_PADDED_TOKENS = 16
+_REDUCED = 128
+# programs that an H100 runs at once; a constant, so that the order of sums is the same on every device
+_PROGRAMS = 384
+# the bits of 1.0; an argument of the kernel, because a second constant in `a & b | c` takes an instruction more, every code
+_ONE = 0x3F800000
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut. All numbers but slices and pieces are powers of two.
+
+    Attributes:
+        outputs: Outputs a program.
+        units: Units a tile, of which a program takes one after the other; at least 16 for more than one token.
+        slices: Parts that the inputs are cut into.
+        pieces: Parts that each row's entries are cut into; 0 to let the programs of the only slice take them.
+        entries: Entries of a row at once.
+        warps: Of a program.
+        stages: Tiles that are under way at once.
+    """
+
+    outputs: int
+    units: int
+    slices: int
+    pieces: int
+    entries: int
+    warps: int
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest run of codes that fills whole words of the stored tensor.
+
+    Attributes:
+        size: Codes.
+        words: Words, or bytes.
+        part: Neighbouring codes that surely share a scale; divides size.
+    """
+
+    size: int
+    words: int
+    part: int
+
+    @classmethod
+    def of(cls, base: Codes) -> Unit:
+        """What a matrix is read in."""
+        if base.layout == "nf4":
+            size = 8 if base.shape[1] % 8 == 0 and base.group_size % 8 == 0 else 2
+            return cls(size, 1, size)
+        size = 32 if base.bits == 3 else 32 // base.bits
+        return cls(size, 3 if base.bits == 3 else 1, math.gcd(size, base.group_size))
+
+
+def default_config(base: Codes, *, tokens: int, entries: int) -> Config:
+    """The rule by which work is cut: as many slices as give every processor of a large GPU something to read."""
+    units = triton.cdiv(base.shape[1], Unit.of(base).size)
+    outputs, width = (64, 32) if base.layout == "gptq" else (16, 64)
+    outputs = max(outputs, _PADDED_TOKENS if tokens > 1 else 1)
+    blocks = triton.cdiv(base.shape[0], outputs)
+    slices = max(1, min(triton.cdiv(units, width), _PROGRAMS // blocks, 16))
+    pieces = max(1, min(triton.cdiv(entries, base.shape[0] * 32), 8))
+    return Config(outputs, width, slices, pieces, 32 if tokens == 1 else 4, 4)
+
+
+def quant_matmul(
+    z: Tensor,
+    u: Tensor,
+    base: Codes,
+    sparse: tuple[Places, Tensor] | None,
+    *,
+    scale: float,
+    bias: Tensor | None,
+    config: Config | None = None,
+) -> Tensor:
+    """As `quant_matmul.quant_matmul`, with F and its values, and how to cut the work where the rule shall not say it."""
+    (tokens, in_features), out_features, unit = z.shape, base.shape[0], Unit.of(base)
+    config = config or default_config(base, tokens=tokens, entries=0 if sparse is None else len(sparse[0]))
+    units = triton.cdiv(in_features, unit.size)
+    # codes of one row lie side by side in nf4: there, inputs in this order are side by side too
+    arranged = tokens > 1 or in_features % unit.size > 0 or base.layout == "nf4"
+    dense_input = _arrange(z, unit.size) if arranged else z.contiguous()
+    sparse_input = dense_input if u is z or sparse is None else _arrange(u, unit.size) if arranged else u.contiguous()
+    pieces = 0 if sparse is None else config.pieces if config.slices == 1 else max(config.pieces, 1)
+    parts = config.slices + pieces
+    result = torch.empty(tokens, out_features, dtype=z.dtype, device=z.device)
+    sums = torch.empty(parts, tokens, out_features, dtype=torch.float32, device=z.device) if parts > 1 else result
+    places, values = (None, None) if sparse is None else sparse
+    codes = base.codes.view(-1).view(torch.int32) if base.layout == "nf4" and unit.size == 8 else base.codes
+    per_slice = triton.cdiv(triton.cdiv(units, config.units), config.slices) * config.units
+    _multiply[(triton.cdiv(out_features, config.outputs), parts)](
+        dense_input, sparse_input, codes, base.scales, base.zeros,
+        places and places.row_starts, places and places.columns, values, bias if parts == 1 else None, sums,
+        out_features, tokens, units, per_slice, 0 if base.layout == "nf4" else base.codes.shape[0], base.zeros.shape[-1],
+        tokens if arranged else unit.size, units * tokens if arranged else 1, scale, _ONE,
+        NF4=base.layout == "nf4", BITS=base.bits, ZERO_BITS=base.zero_bits, GROUP=base.group_size, IN=in_features,
+        UNIT=unit.size, WORDS=unit.words, PART=unit.part, SLICES=config.slices, PIECES=pieces,
+        BLOCK_N=config.outputs, BLOCK_W=config.units, BLOCK_E=config.entries, BLOCK_M=1 if tokens == 1 else _PADDED_TOKENS,
+        STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    if parts > 1:
+        _add_up[(triton.cdiv(tokens * out_features, _REDUCED),)](
+            sums, bias, result, out_features, tokens * out_features, PARTS=parts, PADDED=triton.next_power_of_2(parts),
+            BLOCK=_REDUCED, num_warps=4,
+        )  # fmt: skip
+    return result
+
+
+def _arrange(z: Tensor, unit: int) -> Tensor:
+    """(tokens, in) as (unit, units, tokens), zeros behind the end: code j of unit w belongs to input w · unit + j."""
+    padded = torch.nn.functional.pad(z, (0, -z.shape[1] % unit))
+    return padded.view(z.shape[0], -1, unit).permute(2, 1, 0).contiguous()
+
+
+@triton.jit
+def _one_and_code(first, second, third, one, j: tl.constexpr, BITS: tl.constexpr):
+    """1 + code / 2^BITS for code j of units: its bits become the upper ones of a float32's mantissa."""
+    WORD: tl.constexpr = j * BITS // 32
+    SHIFT: tl.constexpr = j * BITS % 32
+    UP: tl.constexpr = 23 - BITS
+    MASK: tl.constexpr = (1 << BITS) - 1
+    word = first
+    after = second
+    if WORD == 1:
+        word = second
+        after = third
+    if WORD == 2:
+        word = third
+    if SHIFT + BITS > 32:
+        # the shift copies the sign
+        low = (word >> SHIFT) & ((1 << (32 - SHIFT)) - 1)
+        placed = ((low | (after << (32 - SHIFT))) & MASK) << UP
+    elif SHIFT >= UP:
+        placed = (word >> (SHIFT - UP)) & (MASK << UP)
+    else:
+        placed = (word << (UP - SHIFT)) & (MASK << UP)
+    return (placed | one).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _nf4_code(word, j: tl.constexpr):
+    """Code j of units of bytes that each hold two, the first in the high half."""
+    SHIFT: tl.constexpr = 8 * (j // 2) + 4 * (1 - j % 2)
+    return (word >> SHIFT) & 15
+
+
+@triton.jit
+def _zeros(zeros_ptr, n, g, inside, stride, ZERO_BITS: tl.constexpr):
+    """Stored zero points of outputs n and groups g, float32 (n, g)."""
+    shift = ((n * ZERO_BITS) % 32).to(tl.uint32)[:, None]
+    at = zeros_ptr + g[None, :] * stride + (n * ZERO_BITS // 32)[:, None]
+    found = tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift
+    if ZERO_BITS == 3:
+        straddles = shift > 29
+        more = tl.load(at + 1, mask=inside & straddles, other=0).to(tl.uint32, bitcast=True)
+        found = tl.where(straddles, found | (more << ((32 - shift) & 31)), found)
+    return (found & ((1 << ZERO_BITS) - 1)).to(tl.float32)
+
+
+@triton.jit
+def _dense_part(
+    z_ptr, codes_ptr, scales_ptr, zeros_ptr, n, kept, out_features, tokens, begin, end, num_words, zero_stride,
+    unit_stride, code_stride, one, NF4: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr,
+    IN: tl.constexpr, UNIT: tl.constexpr, WORDS: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums (n,), or (n, tokens), over the units begin to end."""
+    m = tl.arange(0, BLOCK_M)
+    if BLOCK_M == 1:
+        acc = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
+    elif NF4:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(begin, end, BLOCK_W, num_stages=STAGES):
+        w = start + tl.arange(0, BLOCK_W)
+        inside = kept[:, None] & (w < end)[None, :]
+        if NF4:
+            first = tl.load(codes_ptr + n[:, None] * (IN // UNIT) + w[None, :], mask=inside, other=0).to(tl.int32)
+        else:
+            at = codes_ptr + w[None, :] * (WORDS * out_features) + n[:, None]
+            first = tl.load(at, mask=inside & (w * WORDS < num_words)[None, :], other=0)
+        second = first
+        third = first
+        if WORDS == 3:
+            second = tl.load(at + out_features, mask=inside & (w * WORDS + 1 < num_words)[None, :], other=0)
+            third = tl.load(at + 2 * out_features, mask=inside & (w * WORDS + 2 < num_words)[None, :], other=0)
+        for part in tl.static_range(UNIT // PART):
+            # a part lies in one group; behind the last input there is none
+            k = w * UNIT + part * PART
+            grouped = inside & (k < IN)[None, :]
+            if NF4:
+                # of n · IN + k, the division's small numbers by themselves stay far from 2^31
+                factor = tl.load(scales_ptr + (n[:, None] * IN + k[None, :]) // GROUP, mask=grouped, other=0.0)
+                shift = factor
+            else:
+                g = k // GROUP
+                factor = tl.load(scales_ptr + g[None, :] * out_features + n[:, None], mask=grouped, other=0.0).to(tl.float32)
+                zero = _zeros(zeros_ptr, n, g, grouped, zero_stride, ZERO_BITS) * (1.0 / (1 << (ZERO_BITS - BITS)))
+                shift = factor * ((1 << BITS) + zero)
+                factor *= 1 << BITS
+            partial = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
+            total = tl.zeros((BLOCK_W,), tl.float32)
+            for i in tl.static_range(PART):
+                # written out each time, because a constexpr in a loop cannot be given a name
+                if NF4:
+                    value = tl.load(zeros_ptr + _nf4_code(first, part * PART + i))
+                else:
+                    value = _one_and_code(first, second, third, one, part * PART + i, BITS)
+                at_z = z_ptr + w * unit_stride + (part * PART + i) * code_stride
+                if BLOCK_M == 1:
+                    known = tl.load(at_z, mask=w < end, other=0.0).to(tl.float32)
+                    partial += value * known[None, :]
+                    total += known
+                else:
+                    masked = (w < end)[:, None] & (m < tokens)[None, :]
+                    known = tl.load(at_z[:, None] + m[None, :], mask=masked, other=0.0)
+                    # on its way to the tensor cores a tile is stored as it was read: codes of nf4 row by row, others by column
+                    if NF4:
+                        acc = tl.dot((value * factor).to(known.dtype), known, acc, input_precision="ieee")
+                    else:
+                        weight = (value * factor - shift).to(known.dtype)
+                        acc = tl.dot(tl.trans(known), tl.trans(weight), acc, input_precision="ieee")
+            if BLOCK_M == 1:
+                acc += factor * partial
+                if not NF4:
+                    acc -= shift * total[None, :]
+    if BLOCK_M == 1:
+        return tl.sum(acc, axis=1)
+    elif NF4:
+        return acc
+    else:
+        return tl.trans(acc)
+
+
+@triton.jit
+def _sparse_part(
+    u_ptr, starts_ptr, columns_ptr, values_ptr, n, kept, tokens, piece, unit_stride, code_stride, scale,
+    UNIT: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Sums (n,), or (n, tokens), over a piece of the entries."""
+    m = tl.arange(0, BLOCK_M)
+    start = tl.load(starts_ptr + n, mask=kept, other=0)
+    stop = tl.load(starts_ptr + n + 1, mask=kept, other=0)
+    longest = tl.max(stop - start)
+    if BLOCK_M == 1:
+        acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_E, BLOCK_M), tl.float32)
+    for offset in range(piece * BLOCK_E, longest, PIECES * BLOCK_E):
+        at = (start + offset)[:, None] + tl.arange(0, BLOCK_E)[None, :]
+        inside = at < stop[:, None]
+        column = tl.load(columns_ptr + at, mask=inside, other=0).to(tl.int32)
+        value = tl.load(values_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        at_u = u_ptr + (column // UNIT) * unit_stride + (column % UNIT) * code_stride
+        if BLOCK_M == 1:
+            acc += value * tl.load(at_u, mask=inside, other=0.0).to(tl.float32)
+        else:
+            masked = inside[:, :, None] & (m < tokens)[None, None, :]
+            acc += value[:, :, None] * tl.load(at_u[:, :, None] + m[None, None, :], mask=masked, other=0.0).to(tl.float32)
+    return tl.sum(acc, axis=1) * scale
+
+
+@triton.jit
+def _multiply(
+    z_ptr, u_ptr, codes_ptr, scales_ptr, zeros_ptr, starts_ptr, columns_ptr, values_ptr, bias_ptr, sums_ptr,
+    out_features, tokens, units, per_slice, num_words, zero_stride, unit_stride, code_stride, scale, one,
+    NF4: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, IN: tl.constexpr,
+    UNIT: tl.constexpr, WORDS: tl.constexpr, PART: tl.constexpr, SLICES: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    kept = n < out_features
+    sums = tl.zeros((BLOCK_N,) if BLOCK_M == 1 else (BLOCK_N, BLOCK_M), tl.float32)
+    if part < SLICES:
+        begin = part * per_slice
+        sums += _dense_part(
+            z_ptr, codes_ptr, scales_ptr, zeros_ptr, n, kept, out_features, tokens, begin,
+            tl.minimum(begin + per_slice, units), num_words, zero_stride, unit_stride, code_stride, one,
+            NF4, BITS, ZERO_BITS, GROUP, IN, UNIT, WORDS, PART, BLOCK_N, BLOCK_W, BLOCK_M, STAGES,
+        )  # fmt: skip
+    if starts_ptr is not None:
+        piece = tl.maximum(part - SLICES, 0)
+        if (part >= SLICES) | (PIECES == 0):
+            sums += _sparse_part(
+                u_ptr, starts_ptr, columns_ptr, values_ptr, n, kept, tokens, piece, unit_stride, code_stride, scale,
+                UNIT, PIECES if PIECES > 0 else 1, BLOCK_N, BLOCK_E, BLOCK_M,
+            )  # fmt: skip
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=kept, other=0.0).to(tl.float32)
+        sums += bias if BLOCK_M == 1 else bias[:, None]
+    first = part * tokens
+    if BLOCK_M == 1:
+        tl.store(sums_ptr + first * out_features + n, sums.to(sums_ptr.dtype.element_ty), mask=kept)
+    else:
+        m = tl.arange(0, BLOCK_M)
+        at = sums_ptr + (first + m)[None, :] * out_features + n[:, None]
+        tl.store(at, sums.to(sums_ptr.dtype.element_ty), mask=kept[:, None] & (m < tokens)[None, :])
+
+
+@triton.jit
+def _add_up(sums_ptr, bias_ptr, result_ptr, out_features, size, PARTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over the first dimension of sums (PARTS, tokens, out), and the bias."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, PADDED)
+    inside = (part < PARTS)[:, None] & (at < size)[None, :]
+    total = tl.sum(tl.load(sums_ptr + part[:, None] * size + at[None, :], mask=inside, other=0.0), axis=0)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + at % out_features, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(result_ptr + at, total.to(result_ptr.dtype.element_ty), mask=at < size)
