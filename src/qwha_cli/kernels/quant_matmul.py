@@ -3,7 +3,7 @@
     y = z Q̂ᵀ + s u Fᵀ + b        z (tokens, in) in the basis of the codes; u = z, or x H where the codes are in the weight basis
 
 With so few tokens all time goes into reading the matrix, so nothing may be read but codes and entries: the dense weight is never
-made. A group's scale s_g and zero z_g are applied to sums instead of weights: Σ z_k s_g (c_k − z_g) = s_g (Σ z_k c_k − z_g Σ z_k).
+made. One token's products meet a group's scale and zero as sums: Σ z_k scale (c_k − zero) = scale (Σ z_k c_k − zero Σ z_k).
 In torch the dense weight is made after all: that form is the reference, and right on every device. No gradients: training goes
 through spectral_linear.py.
 """
@@ -46,10 +46,10 @@ def quant_matmul(
         scale: s.
         sparse_input: u (tokens, in), dtype of z; None for z itself.
         bias: (out,) floating, or None.
-        backend: Which implementation. `auto` takes torch for what Triton's lacks: float64, and nf4 with rows or blocks of odd length.
+        backend: Which implementation. `auto` takes torch for what Triton's lacks: float64, nf4 in rows or blocks of odd length.
 
     Returns:
-        (tokens, out), dtype of z; Triton sums in float32, in an order that depends on the arguments' shapes only, and rounds once.
+        (tokens, out), dtype of z; Triton sums in float32, in the same order each time, and rounds once.
 
     Raises:
         KernelError: Shapes, dtypes or a number of tokens that do not fit, gradients are wanted, or a backend that this machine

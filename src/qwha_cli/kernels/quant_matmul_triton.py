@@ -1,8 +1,8 @@
 """A few tokens times codes and sparse entries in Triton; see quant_matmul.py.
 
-A program takes some outputs and a slice of the inputs, or of these outputs' entries; where there is more than one slice, a second
-kernel adds the slices' sums in a fixed order, so that results never depend on which program ends first. A code of b bits becomes a
-float32 without a conversion: its bits laid into the mantissa of 1.0 give 1 + c / 2^b, and of the sums over a group
+A program takes some outputs and a slice of the inputs, or a piece of these outputs' entries; if there is more than one such part,
+a second kernel adds their sums in a fixed order: no result depends on which program ends first. A code of b bits becomes a number
+without a conversion: its bits laid into the mantissa of 1.0 give 1 + c / 2^b, and of the sums over a group
 
     Σ z_k s (c_k − zero) = s 2^b Σ z_k (1 + c_k / 2^b) − s (2^b + zero) Σ z_k.
 
@@ -111,22 +111,22 @@ def quant_matmul(
     parts = config.slices + pieces
     result = torch.empty(tokens, out_features, dtype=z.dtype, device=z.device)
     sums = torch.empty(parts, tokens, out_features, dtype=torch.float32, device=z.device) if parts > 1 else result
-    places, values = (None, None) if sparse is None else sparse
+    starts, columns, values = (None, None, None) if sparse is None else (sparse[0].row_starts, sparse[0].columns, sparse[1])
     codes = base.codes.view(-1).view(torch.int32) if base.layout == "nf4" and unit.size == 8 else base.codes
     per_slice = triton.cdiv(triton.cdiv(units, config.units), config.slices) * config.units
     _multiply[(triton.cdiv(out_features, config.outputs), parts)](
         dense_input, sparse_input, codes, base.scales, base.zeros,
-        places and places.row_starts, places and places.columns, values, bias if parts == 1 else None, sums,
+        starts, columns, values, bias if parts == 1 else None, sums,
         out_features, tokens, units, per_slice, 0 if base.layout == "nf4" else base.codes.shape[0], base.zeros.shape[-1],
-        tokens if arranged else unit.size, units * tokens if arranged else 1, scale, _ONE,
-        NF4=base.layout == "nf4", BITS=base.bits, ZERO_BITS=base.zero_bits, GROUP=base.group_size, IN=in_features,
-        UNIT=unit.size, WORDS=unit.words, PART=unit.part, SLICES=config.slices, PIECES=pieces,
+        in_features, config.slices, pieces, tokens if arranged else unit.size, units * tokens if arranged else 1, scale, _ONE,
+        NF4=base.layout == "nf4", BITS=base.bits, ZERO_BITS=base.zero_bits, GROUP=base.group_size,
+        UNIT=unit.size, WORDS=unit.words, PART=unit.part,
         BLOCK_N=config.outputs, BLOCK_W=config.units, BLOCK_E=config.entries, BLOCK_M=1 if tokens == 1 else _PADDED_TOKENS,
         STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     if parts > 1:
         _add_up[(triton.cdiv(tokens * out_features, _REDUCED),)](
-            sums, bias, result, out_features, tokens * out_features, PARTS=parts, PADDED=triton.next_power_of_2(parts),
+            sums, bias, result, out_features, tokens * out_features, parts, PADDED=triton.next_power_of_2(parts),
             BLOCK=_REDUCED, num_warps=4,
         )  # fmt: skip
     return result
@@ -185,9 +185,9 @@ def _zeros(zeros_ptr, n, g, inside, stride, ZERO_BITS: tl.constexpr):
 
 @triton.jit
 def _dense_part(
-    z_ptr, codes_ptr, scales_ptr, zeros_ptr, n, kept, out_features, tokens, begin, end, num_words, zero_stride,
+    z_ptr, codes_ptr, scales_ptr, zeros_ptr, n, kept, out_features, tokens, begin, end, num_words, zero_stride, in_features,
     unit_stride, code_stride, one, NF4: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr,
-    IN: tl.constexpr, UNIT: tl.constexpr, WORDS: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, WORDS: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums (n,), or (n, tokens), over the units begin to end."""
@@ -202,7 +202,7 @@ def _dense_part(
         w = start + tl.arange(0, BLOCK_W)
         inside = kept[:, None] & (w < end)[None, :]
         if NF4:
-            first = tl.load(codes_ptr + n[:, None] * (IN // UNIT) + w[None, :], mask=inside, other=0).to(tl.int32)
+            first = tl.load(codes_ptr + n[:, None] * (in_features // UNIT) + w[None, :], mask=inside, other=0).to(tl.int32)
         else:
             at = codes_ptr + w[None, :] * (WORDS * out_features) + n[:, None]
             first = tl.load(at, mask=inside & (w * WORDS < num_words)[None, :], other=0)
@@ -214,10 +214,9 @@ def _dense_part(
         for part in tl.static_range(UNIT // PART):
             # a part lies in one group; behind the last input there is none
             k = w * UNIT + part * PART
-            grouped = inside & (k < IN)[None, :]
+            grouped = inside & (k < in_features)[None, :]
             if NF4:
-                # of n · IN + k, the division's small numbers by themselves stay far from 2^31
-                factor = tl.load(scales_ptr + (n[:, None] * IN + k[None, :]) // GROUP, mask=grouped, other=0.0)
+                factor = tl.load(scales_ptr + (n[:, None] * in_features + k[None, :]) // GROUP, mask=grouped, other=0.0)
                 shift = factor
             else:
                 g = k // GROUP
@@ -261,8 +260,8 @@ def _dense_part(
 
 @triton.jit
 def _sparse_part(
-    u_ptr, starts_ptr, columns_ptr, values_ptr, n, kept, tokens, piece, unit_stride, code_stride, scale,
-    UNIT: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    u_ptr, starts_ptr, columns_ptr, values_ptr, n, kept, tokens, piece, pieces, unit_stride, code_stride, scale,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Sums (n,), or (n, tokens), over a piece of the entries."""
     m = tl.arange(0, BLOCK_M)
@@ -273,7 +272,7 @@ def _sparse_part(
         acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_E, BLOCK_M), tl.float32)
-    for offset in range(piece * BLOCK_E, longest, PIECES * BLOCK_E):
+    for offset in range(piece * BLOCK_E, longest, pieces * BLOCK_E):
         at = (start + offset)[:, None] + tl.arange(0, BLOCK_E)[None, :]
         inside = at < stop[:, None]
         column = tl.load(columns_ptr + at, mask=inside, other=0).to(tl.int32)
@@ -287,31 +286,32 @@ def _sparse_part(
     return tl.sum(acc, axis=1) * scale
 
 
-@triton.jit
+# numbers that only say how often a loop runs are worth no compilation of their own
+@triton.jit(do_not_specialize=["units", "per_slice", "num_words", "slices", "pieces"])
 def _multiply(
     z_ptr, u_ptr, codes_ptr, scales_ptr, zeros_ptr, starts_ptr, columns_ptr, values_ptr, bias_ptr, sums_ptr,
-    out_features, tokens, units, per_slice, num_words, zero_stride, unit_stride, code_stride, scale, one,
-    NF4: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, IN: tl.constexpr,
-    UNIT: tl.constexpr, WORDS: tl.constexpr, PART: tl.constexpr, SLICES: tl.constexpr, PIECES: tl.constexpr,
+    out_features, tokens, units, per_slice, num_words, zero_stride, in_features, slices, pieces, unit_stride, code_stride,
+    scale, one, NF4: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr,
+    UNIT: tl.constexpr, WORDS: tl.constexpr, PART: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     kept = n < out_features
     sums = tl.zeros((BLOCK_N,) if BLOCK_M == 1 else (BLOCK_N, BLOCK_M), tl.float32)
-    if part < SLICES:
+    if part < slices:
         begin = part * per_slice
         sums += _dense_part(
             z_ptr, codes_ptr, scales_ptr, zeros_ptr, n, kept, out_features, tokens, begin,
-            tl.minimum(begin + per_slice, units), num_words, zero_stride, unit_stride, code_stride, one,
-            NF4, BITS, ZERO_BITS, GROUP, IN, UNIT, WORDS, PART, BLOCK_N, BLOCK_W, BLOCK_M, STAGES,
+            tl.minimum(begin + per_slice, units), num_words, zero_stride, in_features, unit_stride, code_stride, one,
+            NF4, BITS, ZERO_BITS, GROUP, UNIT, WORDS, PART, BLOCK_N, BLOCK_W, BLOCK_M, STAGES,
         )  # fmt: skip
     if starts_ptr is not None:
-        piece = tl.maximum(part - SLICES, 0)
-        if (part >= SLICES) | (PIECES == 0):
+        piece = tl.maximum(part - slices, 0)
+        if (part >= slices) | (pieces == 0):
             sums += _sparse_part(
-                u_ptr, starts_ptr, columns_ptr, values_ptr, n, kept, tokens, piece, unit_stride, code_stride, scale,
-                UNIT, PIECES if PIECES > 0 else 1, BLOCK_N, BLOCK_E, BLOCK_M,
+                u_ptr, starts_ptr, columns_ptr, values_ptr, n, kept, tokens, piece, tl.maximum(pieces, 1),
+                unit_stride, code_stride, scale, UNIT, BLOCK_N, BLOCK_E, BLOCK_M,
             )  # fmt: skip
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n, mask=kept, other=0.0).to(tl.float32)
@@ -325,12 +325,12 @@ def _multiply(
         tl.store(at, sums.to(sums_ptr.dtype.element_ty), mask=kept[:, None] & (m < tokens)[None, :])
 
 
-@triton.jit
-def _add_up(sums_ptr, bias_ptr, result_ptr, out_features, size, PARTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum over the first dimension of sums (PARTS, tokens, out), and the bias."""
+@triton.jit(do_not_specialize=["parts"])
+def _add_up(sums_ptr, bias_ptr, result_ptr, out_features, size, parts, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over the first dimension of sums (parts, tokens, out), and the bias."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, PADDED)
-    inside = (part < PARTS)[:, None] & (at < size)[None, :]
+    inside = (part < parts)[:, None] & (at < size)[None, :]
     total = tl.sum(tl.load(sums_ptr + part[:, None] * size + at[None, :], mask=inside, other=0.0), axis=0)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + at % out_features, mask=at < size, other=0.0).to(tl.float32)
