@@ -85,7 +85,7 @@ def default_config(base: Codes, *, tokens: int, entries: int) -> Config:
     outputs = max(outputs, _PADDED_TOKENS if tokens > 1 else 1)
     blocks = triton.cdiv(base.shape[0], outputs)
     slices = max(1, min(triton.cdiv(units, width), _PROGRAMS // blocks, 16))
-    pieces = max(1, min(triton.cdiv(entries, base.shape[0] * 32), 8))
+    pieces = max(1, min(triton.cdiv(entries, base.shape[0] * 32), _PROGRAMS // blocks, 8))
     return Config(outputs, width, slices, pieces, 32 if tokens == 1 else 4, 4)
 
 
@@ -118,7 +118,7 @@ def quant_matmul(
         dense_input, sparse_input, codes, base.scales, base.zeros,
         starts, columns, values, bias if parts == 1 else None, sums,
         out_features, tokens, units, per_slice, 0 if base.layout == "nf4" else base.codes.shape[0], base.zeros.shape[-1],
-        in_features, config.slices, pieces, tokens if arranged else unit.size, units * tokens if arranged else 1, scale, _ONE,
+        in_features, config.slices, pieces, tokens if arranged else unit.size, units * tokens if arranged else 1, float(scale), _ONE,
         NF4=base.layout == "nf4", BITS=base.bits, ZERO_BITS=base.zero_bits, GROUP=base.group_size,
         UNIT=unit.size, WORDS=unit.words, PART=unit.part,
         BLOCK_N=config.outputs, BLOCK_W=config.units, BLOCK_E=config.entries, BLOCK_M=1 if tokens == 1 else _PADDED_TOKENS,
@@ -260,13 +260,11 @@ def _dense_part(
 
 @triton.jit
 def _sparse_part(
-    u_ptr, starts_ptr, columns_ptr, values_ptr, n, kept, tokens, piece, pieces, unit_stride, code_stride, scale,
+    u_ptr, columns_ptr, values_ptr, start, stop, tokens, piece, pieces, unit_stride, code_stride, scale,
     UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Sums (n,), or (n, tokens), over a piece of the entries."""
     m = tl.arange(0, BLOCK_M)
-    start = tl.load(starts_ptr + n, mask=kept, other=0)
-    stop = tl.load(starts_ptr + n + 1, mask=kept, other=0)
     longest = tl.max(stop - start)
     if BLOCK_M == 1:
         acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
@@ -298,6 +296,10 @@ def _multiply(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     kept = n < out_features
+    if starts_ptr is not None:
+        # early: on these waits what F takes
+        start = tl.load(starts_ptr + n, mask=kept, other=0)
+        stop = tl.load(starts_ptr + n + 1, mask=kept, other=0)
     sums = tl.zeros((BLOCK_N,) if BLOCK_M == 1 else (BLOCK_N, BLOCK_M), tl.float32)
     if part < slices:
         begin = part * per_slice
@@ -310,7 +312,7 @@ def _multiply(
         piece = tl.maximum(part - slices, 0)
         if (part >= slices) | (pieces == 0):
             sums += _sparse_part(
-                u_ptr, starts_ptr, columns_ptr, values_ptr, n, kept, tokens, piece, tl.maximum(pieces, 1),
+                u_ptr, columns_ptr, values_ptr, start, stop, tokens, piece, tl.maximum(pieces, 1),
                 unit_stride, code_stride, scale, UNIT, BLOCK_N, BLOCK_E, BLOCK_M,
             )  # fmt: skip
     if bias_ptr is not None:
