@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.quant_matmul import dense, quant_matmul
+from qwha_cli.kernels.quant_matmul_cut import Config, default_config
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.unpack import num_words
 
@@ -211,7 +212,6 @@ def run(a: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 def tune(a: argparse.Namespace) -> Iterator[dict[str, object]]:
     """A line for every way to cut the work, and one for the rule's; CUDA only."""
-    from qwha_cli.kernels.quant_matmul_triton import Config, default_config
     from qwha_cli.kernels.quant_matmul_triton import quant_matmul as cut_matmul
 
     clock = Clock(a.device)
@@ -222,7 +222,8 @@ def tune(a: argparse.Namespace) -> Iterator[dict[str, object]]:
                 z = torch.randn(tokens, shape[1], device=a.device).bfloat16()
                 places = layers[0].sparse[0] if layers[0].sparse else ()
                 rule = default_config(layers[0].base, tokens=tokens, entries=len(places))
-                for config in [rule, *(c for c in candidates(name, tokens, adapter=a.adapter) if c != rule)]:
+                tried = candidates(name, tokens, adapter=a.adapter)
+                for config in [rule, replace(rule, early=True), *(replace(c, early=a.early) for c in tried)]:
 
                     def call(layer: Layer, config: Config = config, z: Tensor = z) -> Tensor:
                         return cut_matmul(z, z, layer.base, layer.sparse, scale=1.0, bias=None, config=config)
@@ -236,10 +237,8 @@ def tune(a: argparse.Namespace) -> Iterator[dict[str, object]]:
                         yield line | {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
-def candidates(form: str, tokens: int, *, adapter: bool) -> Iterator[object]:
+def candidates(form: str, tokens: int, *, adapter: bool) -> Iterator[Config]:
     """Cuts worth a try; slices and pieces cost no compilation."""
-    from qwha_cli.kernels.quant_matmul_triton import Config
-
     if form == "nf4":
         blocks = [(16, 64, 4), (16, 128, 4), (32, 32, 4)] + ([(8, 128, 4), (4, 128, 2)] if tokens == 1 else [(32, 64, 4)])
     elif tokens == 1:
@@ -256,7 +255,7 @@ def candidates(form: str, tokens: int, *, adapter: bool) -> Iterator[object]:
             (64, 64, 8),
         ]
     else:
-        blocks = [(32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 64, 4), (128, 16, 4), (128, 32, 8)]
+        blocks = [(32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 8), (128, 16, 4), (128, 32, 8)]
     entries = ((16, 32) if tokens == 1 else (4, 8)) if adapter else (32,)
     for outputs, units, warps in blocks:
         for per_row in entries:
@@ -282,6 +281,7 @@ def main() -> None:
     parser.add_argument("--formats", default=list(FORMATS), type=lambda text: text.split(","))
     parser.add_argument("--tokens", default=[1, 4, 16], type=lambda text: [int(x) for x in text.split(",")])
     parser.add_argument("--adapter", action="store_true", help="tune with entries")
+    parser.add_argument("--early", action="store_true", help="tune with dependent launches")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)

@@ -135,7 +135,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def every_cut(device: str, forms: list[tuple[str, int, int]], shape: tuple[int, int, int]) -> int:
     """However the work is cut, the result is the same to rounding; how many cuts were tried."""
-    from qwha_cli.kernels.quant_matmul_triton import Config, quant_matmul
+    from qwha_cli.kernels.quant_matmul_cut import Config
+    from qwha_cli.kernels.quant_matmul_triton import quant_matmul
 
     places, values, spectrum = sparse(shape)
     places = Places(places.row_starts.to(device), places.columns.to(device), places.shape)

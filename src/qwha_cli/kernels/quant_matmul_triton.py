@@ -12,9 +12,6 @@ three words) of a tile makes one product, for which inputs are laid out as (code
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -22,71 +19,11 @@ from torch import Tensor
 
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.places import Places
+from qwha_cli.kernels.quant_matmul_cut import PADDED_TOKENS, Config, Unit, default_config
 
-_PADDED_TOKENS = 16
 _REDUCED = 128
-# programs that an H100 runs at once; a constant, so that the order of sums is the same on every device
-_PROGRAMS = 384
 # the bits of 1.0; an argument of the kernel, because a second constant in `a & b | c` takes an instruction more, every code
 _ONE = 0x3F800000
-
-
-@dataclass(frozen=True)
-class Config:
-    """How the work is cut. All numbers but slices and pieces are powers of two.
-
-    Attributes:
-        outputs: Outputs a program.
-        units: Units a tile, of which a program takes one after the other; at least 16 for more than one token.
-        slices: Parts that the inputs are cut into.
-        pieces: Parts that each row's entries are cut into; 0 to let the programs of the only slice take them.
-        entries: Entries of a row at once.
-        warps: Of a program.
-        stages: Tiles that are under way at once.
-    """
-
-    outputs: int
-    units: int
-    slices: int
-    pieces: int
-    entries: int
-    warps: int
-    stages: int = 1
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The smallest run of codes that fills whole words of the stored tensor.
-
-    Attributes:
-        size: Codes.
-        words: Words, or bytes.
-        part: Neighbouring codes that surely share a scale; divides size.
-    """
-
-    size: int
-    words: int
-    part: int
-
-    @classmethod
-    def of(cls, base: Codes) -> Unit:
-        """What a matrix is read in."""
-        if base.layout == "nf4":
-            size = 8 if base.shape[1] % 8 == 0 and base.group_size % 8 == 0 else 2
-            return cls(size, 1, size)
-        size = 32 if base.bits == 3 else 32 // base.bits
-        return cls(size, 3 if base.bits == 3 else 1, math.gcd(size, base.group_size))
-
-
-def default_config(base: Codes, *, tokens: int, entries: int) -> Config:
-    """The rule by which work is cut: as many slices as give every processor of a large GPU something to read."""
-    units = triton.cdiv(base.shape[1], Unit.of(base).size)
-    outputs, width = (64, 32) if base.layout == "gptq" else (16, 64)
-    outputs = max(outputs, _PADDED_TOKENS if tokens > 1 else 1)
-    blocks = triton.cdiv(base.shape[0], outputs)
-    slices = max(1, min(triton.cdiv(units, width), _PROGRAMS // blocks, 16))
-    pieces = max(1, min(triton.cdiv(entries, base.shape[0] * 32), _PROGRAMS // blocks, 8))
-    return Config(outputs, width, slices, pieces, 32 if tokens == 1 else 4, 4)
 
 
 def quant_matmul(
@@ -113,21 +50,23 @@ def quant_matmul(
     sums = torch.empty(parts, tokens, out_features, dtype=torch.float32, device=z.device) if parts > 1 else result
     starts, columns, values = (None, None, None) if sparse is None else (sparse[0].row_starts, sparse[0].columns, sparse[1])
     codes = base.codes.view(-1).view(torch.int32) if base.layout == "nf4" and unit.size == 8 else base.codes
+    dependent = {"launch_pdl": True} if config.early else {}
     per_slice = triton.cdiv(triton.cdiv(units, config.units), config.slices) * config.units
     _multiply[(triton.cdiv(out_features, config.outputs), parts)](
         dense_input, sparse_input, codes, base.scales, base.zeros,
         starts, columns, values, bias if parts == 1 else None, sums,
         out_features, tokens, units, per_slice, 0 if base.layout == "nf4" else base.codes.shape[0], base.zeros.shape[-1],
-        in_features, config.slices, pieces, tokens if arranged else unit.size, units * tokens if arranged else 1, float(scale), _ONE,
+        in_features, config.slices, pieces, tokens if arranged else unit.size, units * tokens if arranged else 1,
+        float(scale), _ONE,
         NF4=base.layout == "nf4", BITS=base.bits, ZERO_BITS=base.zero_bits, GROUP=base.group_size,
         UNIT=unit.size, WORDS=unit.words, PART=unit.part,
-        BLOCK_N=config.outputs, BLOCK_W=config.units, BLOCK_E=config.entries, BLOCK_M=1 if tokens == 1 else _PADDED_TOKENS,
-        STAGES=config.stages, num_warps=config.warps,
+        BLOCK_N=config.outputs, BLOCK_W=config.units, BLOCK_E=config.entries, BLOCK_M=1 if tokens == 1 else PADDED_TOKENS,
+        STAGES=config.stages, EARLY=config.early, num_warps=config.warps, **dependent,
     )  # fmt: skip
     if parts > 1:
         _add_up[(triton.cdiv(tokens * out_features, _REDUCED),)](
             sums, bias, result, out_features, tokens * out_features, parts, PADDED=triton.next_power_of_2(parts),
-            BLOCK=_REDUCED, num_warps=4,
+            BLOCK=_REDUCED, EARLY=config.early, num_warps=4, **dependent,
         )  # fmt: skip
     return result
 
@@ -184,11 +123,49 @@ def _zeros(zeros_ptr, n, g, inside, stride, ZERO_BITS: tl.constexpr):
 
 
 @triton.jit
+def _grid(
+    scales_ptr, zeros_ptr, n, k, inside, out_features, in_features, zero_stride,
+    NF4: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """(factor, shift) of outputs n and inputs k, float32 (n, k): value = factor · (1 + code / 2^BITS) − shift."""
+    if NF4:
+        factor = tl.load(scales_ptr + (n[:, None] * in_features + k[None, :]) // GROUP, mask=inside, other=0.0)
+        shift = factor  # of the table's numbers nothing is taken off
+    else:
+        g = k // GROUP
+        scale = tl.load(scales_ptr + g[None, :] * out_features + n[:, None], mask=inside, other=0.0).to(tl.float32)
+        zero = _zeros(zeros_ptr, n, g, inside, zero_stride, ZERO_BITS) * (1.0 / (1 << (ZERO_BITS - BITS)))
+        factor = scale * (1 << BITS)
+        shift = scale * ((1 << BITS) + zero)
+    return factor, shift
+
+
+@triton.jit
+def _units(
+    codes_ptr, n, w, inside, out_features, in_features, num_words, NF4: tl.constexpr, UNIT: tl.constexpr, WORDS: tl.constexpr
+):
+    """Units w of outputs n as three int32 (n, w); where a unit is one word, all three are."""
+    if NF4:
+        first = tl.load(codes_ptr + n[:, None] * (in_features // UNIT) + w[None, :], mask=inside, other=0).to(tl.int32)
+        second = first
+        third = first
+    else:
+        at = codes_ptr + w[None, :] * (WORDS * out_features) + n[:, None]
+        first = tl.load(at, mask=inside & (w * WORDS < num_words)[None, :], other=0)
+        second = first
+        third = first
+        if WORDS == 3:
+            second = tl.load(at + out_features, mask=inside & (w * WORDS + 1 < num_words)[None, :], other=0)
+            third = tl.load(at + 2 * out_features, mask=inside & (w * WORDS + 2 < num_words)[None, :], other=0)
+    return first, second, third
+
+
+@triton.jit
 def _dense_part(
     z_ptr, codes_ptr, scales_ptr, zeros_ptr, n, kept, out_features, tokens, begin, end, num_words, zero_stride, in_features,
     unit_stride, code_stride, one, NF4: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, WORDS: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Sums (n,), or (n, tokens), over the units begin to end."""
     m = tl.arange(0, BLOCK_M)
@@ -201,29 +178,16 @@ def _dense_part(
     for start in tl.range(begin, end, BLOCK_W, num_stages=STAGES):
         w = start + tl.arange(0, BLOCK_W)
         inside = kept[:, None] & (w < end)[None, :]
-        if NF4:
-            first = tl.load(codes_ptr + n[:, None] * (in_features // UNIT) + w[None, :], mask=inside, other=0).to(tl.int32)
-        else:
-            at = codes_ptr + w[None, :] * (WORDS * out_features) + n[:, None]
-            first = tl.load(at, mask=inside & (w * WORDS < num_words)[None, :], other=0)
-        second = first
-        third = first
-        if WORDS == 3:
-            second = tl.load(at + out_features, mask=inside & (w * WORDS + 1 < num_words)[None, :], other=0)
-            third = tl.load(at + 2 * out_features, mask=inside & (w * WORDS + 2 < num_words)[None, :], other=0)
+        first, second, third = _units(codes_ptr, n, w, inside, out_features, in_features, num_words, NF4, UNIT, WORDS)
         for part in tl.static_range(UNIT // PART):
             # a part lies in one group; behind the last input there is none
             k = w * UNIT + part * PART
             grouped = inside & (k < in_features)[None, :]
-            if NF4:
-                factor = tl.load(scales_ptr + (n[:, None] * in_features + k[None, :]) // GROUP, mask=grouped, other=0.0)
-                shift = factor
-            else:
-                g = k // GROUP
-                factor = tl.load(scales_ptr + g[None, :] * out_features + n[:, None], mask=grouped, other=0.0).to(tl.float32)
-                zero = _zeros(zeros_ptr, n, g, grouped, zero_stride, ZERO_BITS) * (1.0 / (1 << (ZERO_BITS - BITS)))
-                shift = factor * ((1 << BITS) + zero)
-                factor *= 1 << BITS
+            factor, shift = _grid(
+                scales_ptr, zeros_ptr, n, k, grouped, out_features, in_features, zero_stride, NF4, BITS, ZERO_BITS, GROUP
+            )
+            if EARLY:
+                tl.extra.cuda.gdc_wait()
             partial = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
             total = tl.zeros((BLOCK_W,), tl.float32)
             for i in tl.static_range(PART):
@@ -262,6 +226,7 @@ def _dense_part(
 def _sparse_part(
     u_ptr, columns_ptr, values_ptr, start, stop, tokens, piece, pieces, unit_stride, code_stride, scale,
     UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Sums (n,), or (n, tokens), over a piece of the entries."""
     m = tl.arange(0, BLOCK_M)
@@ -275,6 +240,8 @@ def _sparse_part(
         inside = at < stop[:, None]
         column = tl.load(columns_ptr + at, mask=inside, other=0).to(tl.int32)
         value = tl.load(values_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         at_u = u_ptr + (column // UNIT) * unit_stride + (column % UNIT) * code_stride
         if BLOCK_M == 1:
             acc += value * tl.load(at_u, mask=inside, other=0.0).to(tl.float32)
@@ -292,32 +259,40 @@ def _multiply(
     scale, one, NF4: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, WORDS: tl.constexpr, PART: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     kept = n < out_features
     if starts_ptr is not None:
-        # early: on these waits what F takes
-        start = tl.load(starts_ptr + n, mask=kept, other=0)
-        stop = tl.load(starts_ptr + n + 1, mask=kept, other=0)
+        # before the codes are: everything of F waits for these
+        has_entries = (part >= slices) | (pieces == 0)
+        own = n < tl.where(has_entries, out_features, 0)
+        start = tl.load(starts_ptr + n, mask=own, other=0)
+        stop = tl.load(starts_ptr + n + 1, mask=own, other=0)
     sums = tl.zeros((BLOCK_N,) if BLOCK_M == 1 else (BLOCK_N, BLOCK_M), tl.float32)
     if part < slices:
         begin = part * per_slice
         sums += _dense_part(
             z_ptr, codes_ptr, scales_ptr, zeros_ptr, n, kept, out_features, tokens, begin,
             tl.minimum(begin + per_slice, units), num_words, zero_stride, in_features, unit_stride, code_stride, one,
-            NF4, BITS, ZERO_BITS, GROUP, UNIT, WORDS, PART, BLOCK_N, BLOCK_W, BLOCK_M, STAGES,
+            NF4, BITS, ZERO_BITS, GROUP, UNIT, WORDS, PART, BLOCK_N, BLOCK_W, BLOCK_M, STAGES, EARLY,
         )  # fmt: skip
     if starts_ptr is not None:
         piece = tl.maximum(part - slices, 0)
-        if (part >= slices) | (pieces == 0):
+        if has_entries:
             sums += _sparse_part(
                 u_ptr, columns_ptr, values_ptr, start, stop, tokens, piece, tl.maximum(pieces, 1),
-                unit_stride, code_stride, scale, UNIT, BLOCK_N, BLOCK_E, BLOCK_M,
+                unit_stride, code_stride, scale, UNIT, BLOCK_N, BLOCK_E, BLOCK_M, EARLY,
             )  # fmt: skip
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n, mask=kept, other=0.0).to(tl.float32)
         sums += bias if BLOCK_M == 1 else bias[:, None]
+    if EARLY:
+        # a program without units or entries has not waited yet, and the last call's sums may lie here
+        tl.extra.cuda.gdc_wait()
     first = part * tokens
     if BLOCK_M == 1:
         tl.store(sums_ptr + first * out_features + n, sums.to(sums_ptr.dtype.element_ty), mask=kept)
@@ -328,8 +303,21 @@ def _multiply(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _add_up(sums_ptr, bias_ptr, result_ptr, out_features, size, parts, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def _add_up(
+    sums_ptr,
+    bias_ptr,
+    result_ptr,
+    out_features,
+    size,
+    parts,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
     """The sum over the first dimension of sums (parts, tokens, out), and the bias."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, PADDED)
     inside = (part < parts)[:, None] & (at < size)[None, :]
