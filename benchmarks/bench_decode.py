@@ -1,0 +1,193 @@
+"""Tokens a second of generation with one sequence: a dense bfloat16 model and packed codes with adapters, in the same loop.
+
+    python benchmarks/bench_decode.py --shape llama-3.2-3b --out decode.jsonl
+    python benchmarks/bench_decode.py --shape tiny-llama --device cpu --prompt 6 --new 8        (does it work?)
+
+Weights and codes are random: speed and memory do not depend on them. The loop is greedy, on a static cache, and never waits for
+the device between tokens; a step is launched from Python, or replayed as a CUDA graph, which must give the same tokens. `ms` and
+`tokens_s` are of the new tokens without the prompt; `gib` is the most memory that generation took, model and cache included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from bench_quant_matmul import FORMATS, random_layer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
+
+from qwha_cli.kernels.quant_matmul import MAX_TOKENS, dense, quant_matmul
+from qwha_cli.kernels.wht import wht
+from qwha_cli.models.random import CONFIGS
+
+
+class Adapted(nn.Module):
+    """y = (x H) (Q̂ + F)ᵀ: codes in the Hadamard basis with an adapter beside them.
+
+    Args:
+        shape: (out, in).
+        form: A name of bench_quant_matmul.FORMATS.
+        adapter: Whether there is F.
+        device: Of all tensors.
+        group: Inputs that share a scale.
+    """
+
+    def __init__(self, shape: tuple[int, int], form: str, *, adapter: bool, device: str, group: int) -> None:
+        super().__init__()
+        self.layer = random_layer(shape, FORMATS[form], adapter=adapter, device=device, group=group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        places, values = self.layer.sparse or (None, None)
+        z = wht(x).view(-1, x.shape[-1])
+        if z.shape[0] <= MAX_TOKENS:
+            y = quant_matmul(z, self.layer.base, places=places, values=values)
+        else:
+            weight = dense(self.layer.base, z.dtype)
+            if places is not None and values is not None:
+                weight += places.with_values(values).dense(z.dtype)
+            y = nn.functional.linear(z, weight)
+        return y.view(*x.shape[:-1], -1)
+
+
+def ours(model: PreTrainedModel, *, form: str, adapter: bool, device: str, group: int) -> PreTrainedModel:
+    """Put packed codes in the place of every linear layer of the blocks."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and ".layers." in name:
+            parent, _, own = name.rpartition(".")
+            shape = (module.out_features, module.in_features)
+            made = Adapted(shape, form, adapter=adapter, device=device, group=group)
+            setattr(model.get_submodule(parent), own, made)
+    return model
+
+
+class Decoder:
+    """Greedy generation of one sequence.
+
+    Args:
+        model: A causal language model.
+        prompt: (1, tokens), where generation starts.
+        new: How many tokens to generate.
+        graph: Whether a step is replayed as a CUDA graph.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, new: int, *, graph: bool) -> None:
+        self.model, self.prompt, self.new = model, prompt, new
+        self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new)
+        self.last = torch.zeros(1, 1, dtype=torch.long, device=prompt.device)
+        self.step: Callable[[], None] = self._step
+        if graph:
+            self._start()
+            # libraries take their workspaces at the first calls
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            # the length of the cache is a tensor too, so a replay goes on where the last one ended
+            self.captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.captured):
+                self._step()
+            self.step = self.captured.replay
+
+    def tokens(self) -> tuple[list[int], float]:
+        """The new tokens, and the seconds that all but the first took."""
+        self._start()
+        found = [self.last.clone()]
+        began = self._now()
+        for _ in range(self.new - 1):
+            self.step()
+            found.append(self.last.clone())
+        taken = self._now() - began
+        return torch.cat(found).flatten().tolist(), taken
+
+    def _start(self) -> None:
+        self.cache.reset()
+        logits = self.model(self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.last.copy_(logits[:, -1:].argmax(dim=-1))
+
+    def _step(self) -> None:
+        logits = self.model(self.last, past_key_values=self.cache, use_cache=True).logits
+        self.last.copy_(logits.argmax(dim=-1))
+
+    def _now(self) -> float:
+        if self.prompt.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def build(shape: str, device: str) -> PreTrainedModel:
+    """A model with random bfloat16 weights (float32 on a CPU)."""
+    fields = dict(CONFIGS[shape])
+    config = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
+    torch.manual_seed(0)
+    with torch.device(device):
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def rows(a: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """A line for every model and way to launch a step."""
+    cuda = a.device == "cuda"
+    for form in ("bf16", *a.formats):
+        model = build(a.shape, a.device)
+        if form != "bf16":
+            model = ours(model, form=form, adapter=not a.no_adapter, device=a.device, group=a.group)
+        gc.collect()
+        prompt = torch.arange(1, a.prompt + 1, device=a.device)[None]
+        told: list[int] | None = None
+        for graph in (False, True) if cuda else (False,):
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated() if cuda else 0
+            decoder = Decoder(model, prompt, a.new, graph=graph)
+            tokens, _ = decoder.tokens()
+            taken = statistics.median(decoder.tokens()[1] for _ in range(a.repeats))
+            peak = torch.cuda.max_memory_allocated() if cuda else 0
+            agrees = told is None or told == tokens
+            told = tokens
+            line: dict[str, object] = {"shape": a.shape, "weights": form, "adapter": form != "bf16" and not a.no_adapter}
+            line |= {"graph": graph, "tokens_s": (a.new - 1) / taken, "ms": 1e3 * taken / (a.new - 1)}
+            line |= {"model_gib": held / 2**30, "gib": peak / 2**30, "same_tokens": agrees, "distinct": len(set(tokens))}
+            yield line
+            assert agrees, "a graph's tokens are not those of the same steps launched one by one"
+            del decoder
+        del model
+
+
+def main() -> None:
+    """Parse, run, write a JSON line a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.2-3b", choices=[name for name in CONFIGS if "llama" in name])
+    parser.add_argument("--formats", default=["2"], type=lambda text: text.split(","), help="of " + ", ".join(FORMATS))
+    parser.add_argument("--no-adapter", action="store_true")
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path)
+    a = parser.parse_args()
+    if a.device == "cuda":
+        print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
+    with torch.inference_mode():
+        for line in rows(a):
+            text = json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()})
+            print(text, flush=True)
+            if a.out is not None:
+                with a.out.open("a") as file:
+                    file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
