@@ -21,7 +21,7 @@ Backend = Literal["torch", "triton"]
 Requested = Literal["auto", "torch", "triton"]
 
 # ops that have a Triton form
-_TRITON: frozenset[str] = frozenset({"column_sweep", "row_solve"})
+_TRITON: frozenset[str] = frozenset({"column_sweep", "dequantize", "effective_weight", "row_solve"})
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Where the entries of a sparse matrix F lie, in the form that the adapted layer reads at every step.
 
-Compressed rows with columns of 16 bits: a quarter of what 64-bit indices take, and each program of a kernel finds its row's entries
-side by side. The form on disk is another one, see gaps.py.
+Compressed rows with columns of 16 bits: a quarter of what 64-bit indices take, and each program of a kernel finds its row's
+entries side by side. The form on disk is another one, see gaps.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,6 +37,29 @@ class Places:
         """The places of existing entries, on their device."""
         kind = torch.uint16 if rows.shape[1] <= _SHORT_LIMIT else torch.int32
         return cls(rows.row_starts, rows.columns.to(kind), rows.shape)
+
+    @classmethod
+    def from_flat(cls, flat_index: Tensor, *, shape: tuple[int, int]) -> Places:
+        """Places given in the flattened matrix.
+
+        Args:
+            flat_index: (nnz,) int32, row · in + column, ascending and without repeats.
+            shape: (out, in); out · in < 2^31.
+        """
+        return cls.from_rows(SparseRows.from_flat(flat_index, flat_index, shape=shape))
+
+    @classmethod
+    def union(cls, parts: Sequence[Places]) -> tuple[Places, Tensor]:
+        """All places of several matrices, each once.
+
+        Args:
+            parts: Of one shape, on one device.
+
+        Returns:
+            The places, and for the entries of all parts, one part after the other, which of them is theirs: int32 (nnz of all,).
+        """
+        flat, entry = torch.cat([part.flat_index for part in parts]).unique(return_inverse=True)
+        return cls.from_flat(flat, shape=parts[0].shape), entry.to(torch.int32)
 
     def __len__(self) -> int:
         """Entries."""
