@@ -35,7 +35,7 @@ class Codes:
         shape: (out, in).
         bits: Bits a code.
         zero_bits: Bits a zero point, at least bits; nf4 has none.
-        group_size: Neighbouring weights that share a scale; divides `in` in the layout gptq.
+        group_size: Neighbouring weights that share a scale; divides `in`, and is even in the layout nf4.
     """
 
     codes: Tensor

@@ -5,12 +5,12 @@ read along the outputs and written along the inputs; the words, not the numbers,
 and a code minus zero are exact in float32, so that no order of operations changes a bit.
 
 Entries of F are written after the tiles: a program's threads wait for each other, compute base + value at their entries' places
-anew, rounded once, and overwrite what lies there, while it is in the cache. Columns outside of the span are passed over.
+anew, rounded once, and overwrite what lies there, while it is in the cache. Which entries lie in a program's rows and span is
+looked up; the first of them are read before the tiles.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.places import Places
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,6 @@ class Config:
         columns: Columns of a tile, a power of two, at least 32.
         span: Columns of a program, a multiple of `columns`; 0 for all.
         warps: Of a program.
-        chunk: Entries of F at a time, a power of two.
         stages: Tiles whose loads are under way at once.
         split: Tiles and entries by two launches, not one.
     """
@@ -39,7 +39,6 @@ class Config:
     columns: int = 256
     span: int = 1024
     warps: int = 4
-    chunk: int = 256
     stages: int = 1
     split: bool = False
 
@@ -70,17 +69,13 @@ def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-Entries = tuple[Tensor, Tensor, Tensor, float]
-"""Values (nnz,), row_starts and columns of F, and the factor on the values."""
-
-
-def launch(weight: Tensor, base: Codes | Tensor | None, entries: Entries | None, config: Config) -> None:
+def launch(weight: Tensor, base: Codes | Tensor | None, entries: tuple[Tensor, Places, float] | None, config: Config) -> None:
     """Write a weight.
 
     Args:
         weight: (out, in), contiguous, written as a whole.
         base: (out, in), contiguous where it is a tensor; None for zeros.
-        entries: F, in addition; None for none.
+        entries: Values (nnz,) of F, their places and the factor on them, to be added; None for none.
         config: How.
     """
     if entries is not None and config.split:
@@ -91,26 +86,35 @@ def launch(weight: Tensor, base: Codes | Tensor | None, entries: Entries | None,
 
 
 def _launch(
-    weight: Tensor, base: Codes | Tensor | None, entries: Entries | None, config: Config, *, tiles: bool, sparse: bool
+    weight: Tensor,
+    base: Codes | Tensor | None,
+    entries: tuple[Tensor, Places, float] | None,
+    config: Config,
+    *,
+    tiles: bool,
+    sparse: bool,
 ) -> None:
-    out_features, in_features = weight.shape
-    # entries by themselves are read once, whatever the span
-    span = config.span if config.span and tiles else triton.cdiv(in_features, config.columns) * config.columns
-    grid = (triton.cdiv(out_features, config.rows), triton.cdiv(in_features, span))
-    values, starts, columns, factor = entries if entries is not None else (weight, weight, weight, 0.0)
+    rows, columns = weight.shape
+    span = config.span if tiles and 0 < config.span < columns else triton.cdiv(columns, config.columns) * config.columns
+    grid = (triton.cdiv(rows, config.rows), triton.cdiv(columns, span))
+    lists = (weight, weight, weight, 0.0)
+    slots = 16
+    if sparse and entries is not None:
+        values, places, factor = entries
+        lists = (values, places.span_starts(span), places.columns, factor)
+        # somewhat more than lie in a row's span on average
+        slots = min(max(triton.next_power_of_2(5 * len(places) // (4 * rows * grid[1]) + 1), 16), 128)
     if isinstance(base, Codes):
         tensors = (base.codes, base.scales, base.zeros)
         kind, bits, zero_bits, group = base.layout, base.bits, base.zero_bits, base.group_size
     else:
         tensors = (weight if base is None else base, weight, weight)
         kind, bits, zero_bits, group = "zeros" if base is None else "dense", 0, 0, 1
-    # nf4's groups run on over the ends of rows
-    unit = math.gcd(group, in_features) if kind == "nf4" else group
     _write[grid](
-        weight, *tensors, values, starts, columns, factor, out_features, in_features, span,
-        KIND=kind, BITS=bits, ZERO_BITS=zero_bits, GROUP=group, UNIT=min(unit & -unit, config.columns),
-        PAIRED=in_features % 2 == 0, TILES=tiles, SPARSE=sparse, MANY_SPANS=grid[1] > 1,
-        ROWS=config.rows, COLUMNS=config.columns, CHUNK=config.chunk, STAGES=config.stages,
+        weight, *tensors, *lists, rows, columns, span,
+        KIND=kind, BITS=bits, ZERO_BITS=zero_bits, GROUP=group, UNIT=min(group & -group, config.columns),
+        TILES=tiles, SPARSE=sparse,
+        ROWS=config.rows, COLUMNS=config.columns, SLOTS=slots, STAGES=config.stages,
         # a fused product and sum would round otherwise than torch
         num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip
@@ -176,7 +180,7 @@ def _gptq_grid(scales_ptr, zeros_ptr, row, group, inside, rows, BITS: tl.constex
 def _tile(
     base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns,
     KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
-    PAIRED: tl.constexpr, COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the base in float32; row and inside are (ROWS, 1), start its first column."""
     column = start + tl.arange(0, COLUMNS)[None, :]
@@ -194,13 +198,9 @@ def _tile(
             scale, shift = _gptq_grid(scales_ptr, zeros_ptr, row, unit // GROUP, in_units, rows, BITS, ZERO_BITS)
             return tl.fma(code.to(tl.float32), _repeat(scale, UNIT), _repeat(shift, UNIT))
         else:
-            if PAIRED:
-                pair = start + (tl.arange(0, COLUMNS // 2) * 2)[None, :]
-                byte = tl.load(base_ptr + (row.to(tl.int64) * columns + pair) // 2, mask=inside & (pair < columns), other=0)
-                byte = _repeat(byte, 2)
-            else:
-                byte = tl.load(base_ptr + place // 2, mask=known, other=0)
-            code = (byte.to(tl.int32) >> (4 - 4 * (place % 2)).to(tl.int32)) & 15
+            pair = start + (tl.arange(0, COLUMNS // 2) * 2)[None, :]
+            byte = tl.load(base_ptr + (row.to(tl.int64) * columns + pair) // 2, mask=inside & (pair < columns), other=0)
+            code = (_repeat(byte, 2).to(tl.int32) >> (4 - 4 * (column % 2))) & 15
             scale = tl.load(scales_ptr + (row.to(tl.int64) * columns + unit) // GROUP, mask=in_units, other=0.0)
             return tl.load(zeros_ptr + code) * _repeat(scale, UNIT)
 
@@ -229,76 +229,51 @@ def _at(
         return tl.fma(code, scale, offset)
     else:
         byte = tl.load(base_ptr + place // 2, mask=mask, other=0).to(tl.int32)
-        code = (byte >> (4 - 4 * (place % 2)).to(tl.int32)) & 15
+        code = (byte >> (4 - 4 * (column % 2))) & 15
         return tl.load(zeros_ptr + code) * tl.load(scales_ptr + place // GROUP, mask=mask, other=0.0)
 
 
 @triton.jit
-def entry_rows(starts_ptr, first, entry, rows, ROWS: tl.constexpr):
-    """The rows of entries that belong to the ROWS rows from `first` on."""
-    row = first + tl.arange(0, ROWS)
-    ends = tl.load(starts_ptr + 1 + row, mask=row < rows, other=2147483647)
-    return first + tl.sum((entry[:, None] >= ends[None, :]).to(tl.int32), axis=1)
+def _entries(values_ptr, columns_ptr, begin, end, start, factor, SLOTS: tl.constexpr):
+    """SLOTS entries of each row from its entry `start` on: which there are, their columns, and their values times the factor."""
+    entry = begin + start + tl.arange(0, SLOTS)[None, :]
+    mask = entry < end
+    column = tl.load(columns_ptr + entry, mask=mask, other=0).to(tl.int32)
+    value = tl.load(values_ptr + entry, mask=mask, other=0.0).to(tl.float32) * factor
+    return mask, column, value
 
 
 @triton.jit
 def _write(
     weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor, rows, columns, span,
     KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
-    PAIRED: tl.constexpr, TILES: tl.constexpr, SPARSE: tl.constexpr, MANY_SPANS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    TILES: tl.constexpr, SPARSE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    first_row = tl.program_id(0) * ROWS
-    first = tl.program_id(1) * span
-    last = tl.minimum(first + span, columns)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = row < rows
+    if SPARSE:
+        # the ranges of all rows and spans lie one behind the other
+        range_ptr = starts_ptr + row * tl.num_programs(1) + tl.program_id(1)
+        begin = tl.load(range_ptr, mask=inside, other=0)
+        end = tl.load(range_ptr + 1, mask=inside, other=0)
+        mask, column, value = _entries(values_ptr, columns_ptr, begin, end, 0, factor, SLOTS)
     if TILES:
-        _write_tiles(
-            weight_ptr, base_ptr, scales_ptr, zeros_ptr, first_row, first, last, rows, columns,
-            KIND, BITS, ZERO_BITS, GROUP, UNIT, PAIRED, ROWS, COLUMNS, STAGES,
-        )  # fmt: skip
+        first = tl.program_id(1) * span
+        for start in tl.range(first, tl.minimum(first + span, columns), COLUMNS, num_stages=STAGES):
+            tile = _tile(
+                base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns,
+                KIND, BITS, ZERO_BITS, GROUP, UNIT, COLUMNS,
+            )  # fmt: skip
+            at = start + tl.arange(0, COLUMNS)[None, :]
+            tile_ptr = weight_ptr + row.to(tl.int64) * columns + at
+            tl.store(tile_ptr, tile.to(weight_ptr.dtype.element_ty), mask=inside & (at < columns))
     if TILES and SPARSE:
         tl.debug_barrier()
     if SPARSE:
-        _write_entries(
-            weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor,
-            first_row, first, last, rows, columns, KIND, BITS, ZERO_BITS, GROUP, MANY_SPANS, ROWS, CHUNK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _write_tiles(
-    weight_ptr, base_ptr, scales_ptr, zeros_ptr, first_row, first, last, rows, columns,
-    KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
-    PAIRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    row = first_row + tl.arange(0, ROWS)[:, None]
-    inside = row < rows
-    for start in tl.range(first, last, COLUMNS, num_stages=STAGES):
-        tile = _tile(
-            base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns,
-            KIND, BITS, ZERO_BITS, GROUP, UNIT, PAIRED, COLUMNS,
-        )  # fmt: skip
-        column = start + tl.arange(0, COLUMNS)[None, :]
-        at = weight_ptr + row.to(tl.int64) * columns + column
-        tl.store(at, tile.to(weight_ptr.dtype.element_ty), mask=inside & (column < columns))
-
-
-@triton.jit
-def _write_entries(
-    weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor,
-    first_row, first, last, rows, columns, KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr,
-    GROUP: tl.constexpr, MANY_SPANS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    begin = tl.load(starts_ptr + first_row)
-    end = tl.load(starts_ptr + tl.minimum(first_row + ROWS, rows))
-    for start in range(begin, end, CHUNK):
-        entry = start + tl.arange(0, CHUNK)
-        mask = entry < end
-        column = tl.load(columns_ptr + entry, mask=mask, other=0).to(tl.int32)
-        if MANY_SPANS:
-            mask = mask & (column >= first) & (column < last)
-        row = entry_rows(starts_ptr, first_row, entry, rows, ROWS)
-        value = tl.load(values_ptr + entry, mask=mask, other=0.0).to(tl.float32) * factor
-        value += _at(base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns, KIND, BITS, ZERO_BITS, GROUP)
-        at = weight_ptr + row.to(tl.int64) * columns + column
-        tl.store(at, value.to(weight_ptr.dtype.element_ty), mask=mask)
+        most = tl.max(end - begin)
+        for start in range(0, most, SLOTS):
+            value += _at(base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns, KIND, BITS, ZERO_BITS, GROUP)
+            entry_ptr = weight_ptr + row.to(tl.int64) * columns + column
+            tl.store(entry_ptr, value.to(weight_ptr.dtype.element_ty), mask=mask)
+            mask, column, value = _entries(values_ptr, columns_ptr, begin, end, start + SLOTS, factor, SLOTS)

@@ -11,19 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from qwha_cli.kernels.codes import Codes
-from qwha_cli.kernels.dequantize_triton import config_for, entry_rows, launch
+from qwha_cli.kernels.dequantize_triton import config_for, launch
 from qwha_cli.kernels.places import Places
 
 _ROWS = 8
-_CHUNK = 256
+_SLOTS = 64
 
 
 def added(base: Codes | Tensor | None, values: Tensor, places: Places, *, scale: float, dtype: torch.dtype) -> Tensor:
     """Base + scale · F (out, in), rounded once; without a base, scale · F itself."""
     weight = torch.empty(places.shape, dtype=dtype, device=values.device)
     base = base.contiguous() if isinstance(base, Tensor) else base
-    entries = (values.contiguous(), places.row_starts, places.columns, scale)
-    launch(weight, base, entries if len(places) else None, config_for(base, places.shape))
+    entries = (values.contiguous(), places, scale) if len(places) else None
+    launch(weight, base, entries, config_for(base, places.shape))
     return weight
 
 
@@ -33,22 +33,22 @@ def gather(matrix: Tensor, places: Places, *, scale: float) -> Tensor:
     found = torch.empty(len(places), dtype=torch.float32, device=matrix.device)
     _gather[(triton.cdiv(rows, _ROWS),)](
         matrix.contiguous(), places.row_starts, places.columns, found, scale, rows, columns,
-        ROWS=_ROWS, CHUNK=_CHUNK, num_warps=4,
+        ROWS=_ROWS, SLOTS=_SLOTS, num_warps=4,
     )  # fmt: skip
     return found
 
 
 @triton.jit
 def _gather(
-    matrix_ptr, starts_ptr, columns_ptr, found_ptr, scale, rows, columns, ROWS: tl.constexpr, CHUNK: tl.constexpr
+    matrix_ptr, starts_ptr, columns_ptr, found_ptr, scale, rows, columns, ROWS: tl.constexpr, SLOTS: tl.constexpr
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
-    begin = tl.load(starts_ptr + first)
-    end = tl.load(starts_ptr + tl.minimum(first + ROWS, rows))
-    for start in range(begin, end, CHUNK):
-        entry = start + tl.arange(0, CHUNK)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    begin = tl.load(starts_ptr + row, mask=row < rows, other=0)
+    end = tl.load(starts_ptr + row + 1, mask=row < rows, other=0)
+    most = tl.max(end - begin)
+    for start in range(0, most, SLOTS):
+        entry = begin + start + tl.arange(0, SLOTS)[None, :]
         mask = entry < end
         column = tl.load(columns_ptr + entry, mask=mask, other=0).to(tl.int32)
-        row = entry_rows(starts_ptr, first, entry, rows, ROWS)
         value = tl.load(matrix_ptr + row.to(tl.int64) * columns + column, mask=mask, other=0.0)
         tl.store(found_ptr + entry, value.to(tl.float32) * scale, mask=mask)
