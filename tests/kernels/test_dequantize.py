@@ -9,35 +9,13 @@ from torch import Tensor
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize import dense_base, dequantize
-from support.quantized import gaussian, options, run_quantizer
+from support.codes import CASES, HALF, Case, codes_of
 from support.triton import HAS_TRITON, run_interpreted
-
-# (out, in, method, bits, group size, zeros): no powers of two, an odd number of rows, 3-bit rows that end within a word or a
-# period, groups of another odd size, zero points finer than the codes, more columns than a tile of the kernel
-CASES = [
-    (48, 80, "rtn", 2, 16, "integer"),
-    (33, 112, "rtn", 3, 16, "integer"),
-    (5, 16, "rtn", 3, 16, "integer"),
-    (33, 48, "rtn", 3, 48, "fine"),
-    (80, 48, "rtn", 2, 16, "fine"),
-    (20, 320, "rtn", 4, 64, "integer"),
-    (16, 1104, "rtn", 8, 16, "integer"),
-    (33, 64, "nf4", 4, 64, "integer"),
-    (20, 320, "nf4", 4, 64, "integer"),
-]
-HALF = [torch.bfloat16, torch.float16]
-
-
-def codes_of(case: tuple[int, int, str, int, int, str], device: str = "cpu") -> Codes:
-    rows, columns, method, bits, group_size, zeros = case
-    packed = run_quantizer(gaussian(rows, columns), None, options(method, bits, group_size, zeros=zeros))
-    tensors = {name: tensor.to(device) for name, tensor in packed.tensors.items()}
-    return type(packed)(tensors, packed.format, packed.shape).as_codes()
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-def test_torch_rounds_the_float32_numbers_once(case: tuple[int, int, str, int, int, str], dtype: torch.dtype) -> None:
+def test_torch_rounds_the_float32_numbers_once(case: Case, dtype: torch.dtype) -> None:
     codes = codes_of(case)
     found = dequantize(codes, dtype)
     assert found.is_contiguous()
@@ -55,7 +33,7 @@ def test_a_dense_base_is_itself_and_codes_are_dequantized() -> None:
 
 
 def test_float64_is_torchs() -> None:
-    with pytest.raises(KernelError, match="writes no torch.float64") as caught:
+    with pytest.raises(KernelError, match=r"writes no torch\.float64") as caught:
         dequantize(codes_of(CASES[0]), torch.float64, backend="triton")
     assert caught.value.remedy == "use backend auto or torch"
 
@@ -95,7 +73,7 @@ def test_triton_interpreted_gives_torchs_bits() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", [*CASES, (515, 3072, "rtn", 2, 64, "fine"), (1024, 4096, "rtn", 3, 128, "integer")])
-def test_triton_on_a_gpu_gives_torchs_bits(case: tuple[int, int, str, int, int, str]) -> None:
+def test_triton_on_a_gpu_gives_torchs_bits(case: Case) -> None:
     codes = codes_of(case, "cuda")
     as_torch(codes, [*HALF, torch.float32])
     cut_otherwise(codes)

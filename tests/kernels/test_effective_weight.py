@@ -13,10 +13,8 @@ from qwha_cli.kernels.effective_weight import effective_weight, gather_entries
 from qwha_cli.kernels.hadamard import dense
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.sparse_matmul import SparseRows
+from support.codes import CASES, HALF, Case, codes_of, random_places
 from support.triton import HAS_TRITON, run_interpreted
-
-from kernels.test_dequantize import CASES, HALF, codes_of
-from kernels.test_places import random_places
 
 SHAPE = (7, 12)
 
@@ -167,7 +165,7 @@ def test_triton_interpreted_gives_torchs_bits() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", [*CASES, (515, 3072, "rtn", 2, 64, "fine"), (1024, 4096, "rtn", 3, 128, "integer")])
-def test_triton_on_a_gpu_gives_torchs_bits(case: tuple[int, int, str, int, int, str]) -> None:
+def test_triton_on_a_gpu_gives_torchs_bits(case: Case) -> None:
     codes = codes_of(case, "cuda")
     as_torch(codes, [*HALF, torch.float32])
     cut_otherwise(codes)

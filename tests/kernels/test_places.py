@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from qwha_cli.kernels.places import Places
-from qwha_cli.kernels.sparse_matmul import SparseRows
-
-
-def random_places(shape: tuple[int, int], *, seed: int = 0, density: float = 0.2) -> Places:
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
-    mask[shape[0] // 2] = False  # a row without entries
-    return Places.from_rows(SparseRows.from_mask(torch.zeros(shape), mask))
+from support.codes import random_places
 
 
 @pytest.mark.parametrize(("columns", "kind"), [(48, torch.uint16), (2**16, torch.uint16), (2**16 + 2, torch.int32)])
