@@ -60,7 +60,8 @@ import torch
 from kernels.test_dequantize import CASES, as_torch, codes_of, cut_otherwise
 for codes in map(codes_of, CASES):
     as_torch(codes, [torch.float32, torch.float16])
-    cut_otherwise(codes)
+for number in (1, 4, 7):
+    cut_otherwise(codes_of(CASES[number]))
 print("interpreted", len(CASES))
 """
 

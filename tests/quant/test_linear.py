@@ -121,6 +121,25 @@ def test_the_kept_dense_weight_follows_new_codes() -> None:
     assert torch.equal(layer(x), other(x))
 
 
+def test_the_codes_are_one_object_until_a_buffer_is_replaced() -> None:
+    layer = layer_of("gptq", 3, "weight")
+    first = layer.codes()
+    assert layer.codes() is first
+    assert layer.operand(torch.float32) is first
+    assert first.codes is layer.get_buffer("qweight")
+    layer.to(torch.bfloat16)
+    for replaced in ("qweight", "scales", "qzeros"):
+        before = layer.codes()
+        setattr(layer, replaced, layer.get_buffer(replaced).clone())
+        assert layer.codes() is not before
+        assert layer.codes() is layer.codes()
+    twin = copy.deepcopy(layer)
+    assert twin.codes().codes is twin.get_buffer("qweight")
+    assert twin.codes().codes is not layer.get_buffer("qweight")
+    layer.keep_dense = True
+    assert layer.operand(torch.float32) is layer.dense(torch.float32)
+
+
 def test_a_dense_weight_kept_under_inference_mode_serves_training() -> None:
     layer = layer_of("gptq", 3, "hadamard")
     layer.keep_dense = True

@@ -19,7 +19,7 @@ CASES: list[Case] = [
     (33, 48, "rtn", 3, 48, "fine"),
     (80, 48, "rtn", 2, 16, "fine"),
     (20, 320, "rtn", 4, 64, "integer"),
-    (16, 1104, "rtn", 8, 16, "integer"),
+    (6, 592, "rtn", 8, 16, "integer"),
     (33, 64, "nf4", 4, 64, "integer"),
     (20, 320, "nf4", 4, 64, "integer"),
 ]
