@@ -16,7 +16,8 @@ from qwha_cli.kernels.hadamard import dense
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.spectral_linear import spectral_linear
 from qwha_cli.kernels.wht import wht
-from support.quantized import options, run_quantizer
+from support.codes import random_places
+from support.quantized import gaussian, options, run_quantizer
 
 OUT, IN = 10, 12
 PLACES = Places.from_flat(torch.tensor([0, 5, 17, 18, 60, 119], dtype=torch.int32), shape=(OUT, IN))
@@ -230,3 +231,29 @@ def test_shapes_and_choices_that_do_not_fit_are_refused() -> None:
             bias=None,
             transform="identity",
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("keep", ["memory", "speed"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_triton_trains_as_torch_does(basis: str, keep: str, bits: int) -> None:
+    packed = run_quantizer(gaussian(192, 320), None, options("rtn", bits, 64, zeros="fine"))
+    codes = type(packed)({name: t.cuda() for name, t in packed.tensors.items()}, packed.format, packed.shape).as_codes()
+    places = random_places((192, 320), density=0.05)
+    places = Places(places.row_starts.cuda(), places.columns.cuda(), places.shape)
+    values = gaussian(1, len(places), seed=1)[0].cuda()
+    x, dy = gaussian(50, 320, seed=2, std=1.0).cuda().bfloat16(), gaussian(50, 192, seed=3, std=1.0).cuda().bfloat16()
+    found: list[list[torch.Tensor]] = []
+    for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float64)):
+        own, entries = x.to(dtype).requires_grad_(), values.clone().requires_grad_()
+        y = spectral_linear(
+            own, entries, base=codes, places=places, basis=basis, scale=0.5, bias=None, keep=keep, backend=backend
+        )
+        y.backward(dy.to(dtype))
+        assert entries.grad is not None
+        assert entries.grad.dtype == torch.float32
+        found.append([y.detach().double(), own.grad.double(), entries.grad.double()])
+    for ours, reference, truth in zip(*found, strict=True):
+        assert (ours - truth).norm() <= 1.1 * (reference - truth).norm() + 1e-3 * truth.norm()

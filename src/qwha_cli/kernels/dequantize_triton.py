@@ -35,7 +35,7 @@ class Config:
         split: Tiles and entries by two launches, not one.
     """
 
-    rows: int = 16
+    rows: int = 8
     columns: int = 256
     span: int = 1024
     warps: int = 4
@@ -46,20 +46,22 @@ class Config:
 CANDIDATES: tuple[Config, ...] = (
     *(
         Config(rows, columns, span, warps)
-        for rows, columns in ((8, 256), (8, 512), (16, 128), (16, 256), (16, 512), (32, 128), (32, 256))
-        for warps in (4, 8)
-        for span in (1024, 4096, 0)
+        for rows, columns, warps in (
+            *((8, 128, 2), (8, 128, 4), (8, 256, 4), (8, 256, 8), (8, 512, 4), (8, 512, 8), (16, 128, 4), (16, 128, 8)),
+            *((16, 256, 4), (16, 256, 8), (16, 512, 8), (32, 128, 4), (32, 128, 8), (4, 512, 4)),
+        )
+        for span in (512, 1024, 2048, 0)
     ),
-    *(Config(16, 256, 1024, 4, stages=stages) for stages in (2, 3)),
-    *(Config(rows, 256, span, 4, split=True) for rows in (16, 32) for span in (256, 1024)),
+    *(Config(8, columns, 1024, 4, stages=stages) for columns in (256, 512) for stages in (2, 3)),
+    *(Config(rows, 256, span, 4, split=True) for rows in (8, 16) for span in (256, 1024)),
 )
 """What benchmarks/bench_effective_weight.py times; `config_for` takes from its results."""
 
 
 def config_for(base: Codes | Tensor | None, shape: tuple[int, int]) -> Config:
-    """The cut for a base: codes, a dense matrix, or None for zeros."""
-    # few rows: smaller blocks of rows keep all processors busy
-    return Config(rows=8) if shape[0] <= 2048 else Config()
+    """The cut for a base, which is codes, a dense matrix, or None for zeros."""
+    # 16 rows take twice the registers, with which too few programs fit on a processor to hide what they wait for
+    return Config()
 
 
 def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor:
