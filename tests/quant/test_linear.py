@@ -85,6 +85,15 @@ def test_nothing_is_trainable_and_the_gradient_reaches_the_input() -> None:
     assert torch.autograd.gradcheck(layer, (x,))
 
 
+@pytest.mark.parametrize("basis", BASES)
+def test_the_dense_weight_is_not_kept_for_the_backward_pass(basis: str) -> None:
+    layer = layer_of("gptq", 2, basis)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        layer(torch.randn(4, 96, requires_grad=True))
+    assert 80 * 96 not in saved
+
+
 @pytest.mark.parametrize(("method", "bits"), KINDS)
 def test_the_state_dict_is_the_packed_weight_and_round_trips_exactly(method: str, bits: int) -> None:
     layer = layer_of(method, bits, "weight")

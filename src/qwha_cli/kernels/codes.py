@@ -28,7 +28,7 @@ class Codes:
     """A quantized (out, in) matrix in its own basis.
 
     Attributes:
-        codes: As above, like all tensors on one device.
+        codes: As above; contiguous and on one device, like all tensors.
         scales: As above.
         zeros: As above.
         layout: Which of the two.

@@ -58,10 +58,13 @@ CANDIDATES: tuple[Config, ...] = (
 """What benchmarks/bench_effective_weight.py times; `config_for` takes from its results."""
 
 
+# 16 rows take twice the registers, with which too few programs fit on a processor to hide what they wait for
+_CUT = Config()
+
+
 def config_for(base: Codes | Tensor | None, shape: tuple[int, int]) -> Config:
     """The cut for a base, which is codes, a dense matrix, or None for zeros."""
-    # 16 rows take twice the registers, with which too few programs fit on a processor to hide what they wait for
-    return Config()
+    return _CUT
 
 
 def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor:

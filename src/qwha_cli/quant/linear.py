@@ -4,7 +4,7 @@
 
 It has no parameters: gradient flows to x, never to the codes. The tensors of its PackedWeight are buffers under the same names,
 so the state dict is the checkpoint. Scales keep their dtype whatever `model.to(dtype)` says: rounding them to bfloat16 would move
-every weight off the grid that was chosen for it. The dense weight is made at each forward, or kept with `keep_dense`.
+every weight off the grid that was chosen for it. Forward and backward each make the dense weight, or it is kept: `keep_dense`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize import dequantize
+from qwha_cli.kernels.low_rank import frozen_linear
 from qwha_cli.kernels.wht import wht
 from qwha_cli.quant.layout import NAMES
 from qwha_cli.quant.packed import Basis, PackedWeight, QuantFormat, check_group
@@ -142,6 +143,9 @@ class QuantizedLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        if torch.is_grad_enabled() and x.requires_grad:
+            # autograd by itself would keep the dense weight of every layer
+            return frozen_linear(x, base=self.operand(x.dtype), basis=self.basis, bias=self.bias, backend=self.backend)
         z = wht(x) if self.basis == "hadamard" else x
         bias = None if self.bias is None else self.bias.to(z.dtype)
         return F.linear(z, self.dense(z.dtype), bias)
