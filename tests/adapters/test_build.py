@@ -18,12 +18,13 @@ from qwha_cli.adapters.build import (
     load_adapter,
     merged_weight,
     save_adapter,
+    set_backend,
     set_keep,
 )
 from qwha_cli.adapters.provenance import base_fingerprint, hadamard_digests
 from qwha_cli.adapters.spectral.config import SpectralConfig
 from qwha_cli.adapters.spectral.model import spectral_layers
-from qwha_cli.errors import ArtifactError, ModelError
+from qwha_cli.errors import ArtifactError, KernelError, ModelError
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from support.adapted import dense_delta, fill, quantize_model, random_sparse
 from support.tiny_model import tiny_llama
@@ -282,3 +283,16 @@ def test_a_config_filled_for_one_model_still_serves_another() -> None:
         model = get_peft_model(tiny_llama(hidden_size=width), config)
         counts = {len(layer.qwha_values["default"]) for layer in spectral_layers(model).values()}
         assert counts == {2 * 2 * width}
+
+
+def test_the_backend_reaches_every_quantized_layer_and_its_choice_is_told() -> None:
+    model = built()
+    assert set_backend(model, "torch").reason == "asked for"
+    layers = [module for module in model.modules() if hasattr(module, "backend")]
+    # two adapted layers, and all that are quantized
+    assert len(layers) == 2 + 3 * 7
+    assert all(layer.backend == "torch" for layer in layers)
+    with pytest.raises(KernelError, match="run on CUDA devices, not on cpu"):
+        set_backend(model, "triton")
+    assert all(layer.backend == "torch" for layer in layers)
+    assert set_backend(model, "auto").name == "torch"

@@ -81,6 +81,26 @@ def test_two_active_adapters_add_up_each_with_its_own_scale(make_layer: MakeLaye
 
 
 @pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_that_share_places_are_one_f_whose_places_are_read_once(
+    make_layer: MakeLayer, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make_layer(kind, scale=0.5)
+    first = layer.rows("default")
+    layer.update_layer("second", start=first.with_values(first.values.flip(0)), scale=-1.5, transform="wht")
+    layer.set_adapter(["default", "second"])
+    one = make_layer(kind, rows=first.with_values(0.5 * first.values - 1.5 * first.values.flip(0)))
+    x = inputs(4).to(dtype)
+    assert torch.equal(layer(x), one(x))
+    monkeypatch.setattr(layer, "_read_places", lambda name: pytest.fail("places were read anew"))
+    layer(x).sum().backward()
+    one(x).sum().backward()
+    gradient = one.qwha_values["default"].grad
+    torch.testing.assert_close(layer.qwha_values["default"].grad, 0.5 * gradient)
+    torch.testing.assert_close(layer.qwha_values["second"].grad, -1.5 * gradient)
+
+
+@pytest.mark.parametrize("kind", BASES)
 def test_the_identity_transform_adds_f_itself_alone_and_beside_another_adapter(kind: str) -> None:
     layer = SpectralLinear(base_of(kind))
     plain, spectral = random_sparse((80, 48)), random_sparse((80, 48), seed=4)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from qwha_cli.errors import KernelError
+from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.dequantize import dense_base
 from qwha_cli.kernels.hadamard import dense
 from qwha_cli.kernels.low_rank import LowRank, frozen_linear
+from support.quantized import options, run_quantizer
 
 BASES = ["weight", "hadamard"]
 
@@ -36,7 +41,7 @@ def test_factors_without_a_common_rank_are_refused() -> None:
 def test_output_and_gradients_are_those_of_the_dense_layer(basis: str, keep: str, shape: tuple[int, ...]) -> None:
     weight, bias = numbers(80, 48), numbers(80, seed=1).requires_grad_()
     x = numbers(*shape, seed=2).requires_grad_()
-    y = frozen_linear(x, base=weight.to, basis=basis, bias=bias, keep=keep)
+    y = frozen_linear(x, base=weight, basis=basis, bias=bias, keep=keep)
     reached = weight @ dense(48).T if basis == "hadamard" else weight
     other_x, other_bias = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
     expected = other_x @ reached.T + other_bias
@@ -48,31 +53,39 @@ def test_output_and_gradients_are_those_of_the_dense_layer(basis: str, keep: str
     torch.testing.assert_close(bias.grad, other_bias.grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("keep", "saved", "calls"), [("memory", 0, 2), ("speed", 80 * 48, 1)])
-def test_memory_keeps_nothing_of_the_weight_and_builds_it_again_speed_keeps_it(keep: str, saved: int, calls: int) -> None:
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The dtypes in which the frozen layer makes its codes dense."""
     made: list[torch.dtype] = []
-    kept: list[int] = []
 
-    def base(dtype: torch.dtype) -> Tensor:
+    def counted(base: Codes, dtype: torch.dtype, **options: Any) -> Tensor:
         made.append(dtype)
-        return numbers(80, 48, dtype=dtype)
+        return dense_base(base, dtype, **options)
 
+    monkeypatch.setattr("qwha_cli.kernels.low_rank.dense_base", counted)
+    return made
+
+
+def codes(out_features: int = 80, in_features: int = 48) -> Codes:
+    return run_quantizer(numbers(out_features, in_features, dtype=torch.float32), None, options("rtn", 4)).as_codes()
+
+
+@pytest.mark.parametrize(("keep", "saved", "calls"), [("memory", 0, 2), ("speed", 80 * 48, 1)])
+def test_memory_keeps_nothing_of_the_weight_and_builds_it_again_speed_keeps_it(
+    monkeypatch: pytest.MonkeyPatch, keep: str, saved: int, calls: int
+) -> None:
+    made = counting(monkeypatch)
+    kept: list[int] = []
     x = numbers(4, 48, dtype=torch.float32).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
-        y = frozen_linear(x, base=base, basis="weight", bias=None, keep=keep)
+        y = frozen_linear(x, base=codes(), basis="weight", bias=None, keep=keep)
     y.sum().backward()
     assert sum(kept) == saved
     assert made == [torch.float32] * calls
 
 
-def test_without_a_gradient_to_give_the_backward_pass_builds_no_weight() -> None:
-    calls: list[torch.dtype] = []
-
-    def base(dtype: torch.dtype) -> Tensor:
-        calls.append(dtype)
-        return numbers(80, 48, dtype=dtype)
-
+def test_without_a_gradient_to_give_the_backward_pass_builds_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = counting(monkeypatch)
     bias = numbers(80).requires_grad_()
-    frozen_linear(numbers(4, 48), base=base, basis="hadamard", bias=bias).sum().backward()
+    frozen_linear(numbers(4, 48), base=codes(), basis="hadamard", bias=bias).sum().backward()
     assert torch.equal(bias.grad, torch.full((80,), 4.0, dtype=torch.float64))
-    assert len(calls) == 1
+    assert len(made) == 1

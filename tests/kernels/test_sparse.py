@@ -1,4 +1,4 @@
-"""Sparse rows and what is made of them: the product, the effective weight, the backend's choice."""
+"""Sparse rows and what is made of them: the product, the backend's choice."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import torch
 
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import choose
-from qwha_cli.kernels.effective_weight import effective_weight
-from qwha_cli.kernels.hadamard import dense
 from qwha_cli.kernels.sparse_matmul import SparseRows, sparse_matmul
 
 
@@ -79,34 +77,6 @@ def test_a_matrix_past_32_bit_places_is_refused() -> None:
     rows = SparseRows(torch.zeros(3, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (2**16, 2**15))
     with pytest.raises(KernelError, match="65536 x 32768"):
         rows.flat_index()
-
-
-def test_the_effective_weight_is_base_plus_spectrum_in_its_basis(matrix: torch.Tensor, mask: torch.Tensor) -> None:
-    rows = SparseRows.from_mask(torch.randn(7, 12, dtype=torch.float64), mask)
-    places, spectrum = rows.flat_index(), rows.dense()
-    before = matrix.clone()
-    in_weight = effective_weight(matrix, rows.values, places, basis="weight", scale=0.5)
-    in_hadamard = effective_weight(matrix, rows.values, places, basis="hadamard", scale=0.5)
-    identity = effective_weight(matrix, rows.values, places, basis="weight", scale=0.5, transform="identity")
-    assert torch.allclose(in_weight, matrix + 0.5 * spectrum @ dense(12).T, atol=1e-12)
-    assert torch.allclose(in_hadamard, matrix + 0.5 * spectrum, atol=1e-12)
-    assert torch.equal(identity, in_hadamard)
-    assert torch.equal(matrix, before)
-
-
-@pytest.mark.parametrize("basis", ["weight", "hadamard"])
-def test_the_effective_weight_differentiates_values_at_repeated_places(basis: str, matrix: torch.Tensor) -> None:
-    places = torch.tensor([0, 13, 13, 40], dtype=torch.int32)
-    values = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v: effective_weight(matrix, v, places, basis=basis, scale=2.0), (values,))
-    difference = effective_weight(matrix, values, places, basis="hadamard", scale=1.0) - matrix
-    assert torch.allclose(difference[1, 1], values[1] + values[2])
-
-
-def test_zero_values_leave_the_base_bit_for_bit(matrix: torch.Tensor) -> None:
-    places = torch.tensor([1, 2], dtype=torch.int32)
-    for basis in ("weight", "hadamard"):
-        assert torch.equal(effective_weight(matrix, torch.zeros(2), places, basis=basis, scale=1.0), matrix)
 
 
 def test_the_backend_and_its_reason_are_told() -> None:

@@ -85,6 +85,15 @@ def test_nothing_is_trainable_and_the_gradient_reaches_the_input() -> None:
     assert torch.autograd.gradcheck(layer, (x,))
 
 
+@pytest.mark.parametrize("basis", BASES)
+def test_the_dense_weight_is_not_kept_for_the_backward_pass(basis: str) -> None:
+    layer = layer_of("gptq", 2, basis)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        layer(torch.randn(4, 96, requires_grad=True))
+    assert 80 * 96 not in saved
+
+
 @pytest.mark.parametrize(("method", "bits"), KINDS)
 def test_the_state_dict_is_the_packed_weight_and_round_trips_exactly(method: str, bits: int) -> None:
     layer = layer_of(method, bits, "weight")
@@ -119,6 +128,25 @@ def test_the_kept_dense_weight_follows_new_codes() -> None:
     layer(x)
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x))
+
+
+def test_the_codes_are_one_object_until_a_buffer_is_replaced() -> None:
+    layer = layer_of("gptq", 3, "weight")
+    first = layer.codes()
+    assert layer.codes() is first
+    assert layer.operand(torch.float32) is first
+    assert first.codes is layer.get_buffer("qweight")
+    layer.to(torch.bfloat16)
+    for replaced in ("qweight", "scales", "qzeros"):
+        before = layer.codes()
+        setattr(layer, replaced, layer.get_buffer(replaced).clone())
+        assert layer.codes() is not before
+        assert layer.codes() is layer.codes()
+    twin = copy.deepcopy(layer)
+    assert twin.codes().codes is twin.get_buffer("qweight")
+    assert twin.codes().codes is not layer.get_buffer("qweight")
+    layer.keep_dense = True
+    assert layer.operand(torch.float32) is layer.dense(torch.float32)
 
 
 def test_a_dense_weight_kept_under_inference_mode_serves_training() -> None:

@@ -14,9 +14,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from qwha_cli.adapters.base_layer import base_weight, basis_of, checked_base, dense_linear, device_of
-from qwha_cli.adapters.derived import DerivedTensors
+from qwha_cli.adapters.base_layer import base_operand, base_weight, basis_of, checked_base, dense_linear, device_of
+from qwha_cli.adapters.derived import Derived
 from qwha_cli.errors import NumericsError
+from qwha_cli.kernels.backend import Requested
+from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.effective_weight import Basis
 from qwha_cli.kernels.spectral_linear import Keep
 from qwha_cli.quant.linear import QuantizedLinear
@@ -32,6 +34,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     Attributes:
         keep: Whether the backward pass computes the dense weight again ("memory") or finds it kept ("speed").
+        backend: Which implementation of the kernels the layer asks for.
         merge_dtype: Of the dense weight that a quantized layer makes way for when adapters are merged.
 
     Raises:
@@ -44,11 +47,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.in_features: int = self.base_layer.in_features
         self.out_features: int = self.base_layer.out_features
         self.keep: Keep = "memory"
+        self.backend: Requested = "auto"
         self.merge_dtype = torch.float32
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._caching = False
-        self._weights = DerivedTensors()
+        self._weights: Derived[Tensor] = Derived()
         self._codes: list[QuantizedLinear] = []
 
     # ---- what a kind of adapter says
@@ -83,6 +87,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the adapter only adds to the weight, so peft's conversion to LoRA applies."""
         return True
+
+    def _base(self, dtype: torch.dtype) -> Codes | Tensor:
+        return base_operand(self.base_layer, dtype)
 
     def _base_weight(self, dtype: torch.dtype) -> Tensor:
         return base_weight(self.base_layer, dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qwha_cli.errors import ModelError
+from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.effective_weight import Basis
 from qwha_cli.quant.linear import QuantizedLinear
 
@@ -35,6 +36,14 @@ def basis_of(base: BaseLayer) -> Basis:
 def base_weight(base: BaseLayer, dtype: torch.dtype) -> Tensor:
     """The dense weight (out, in) in its own basis. May be the layer's own tensor: not to be written to."""
     return base.dense(dtype) if isinstance(base, QuantizedLinear) else base.weight.to(dtype)
+
+
+def base_operand(base: BaseLayer, dtype: torch.dtype) -> Codes | Tensor:
+    """What kernels get for the stored weight: codes, or a dense (out, in) tensor, of `dtype` if it is a quantized layer's.
+
+    An nn.Linear's weight is given as it is, so that kernels round its sum with an adapter once.
+    """
+    return base.operand(dtype) if isinstance(base, QuantizedLinear) else base.weight
 
 
 def device_of(base: BaseLayer) -> torch.device:

@@ -25,9 +25,12 @@ from qwha_cli.adapters.provenance import base_fingerprint, check_base
 from qwha_cli.adapters.spectral.config import SpectralConfig, Store, store_dtype
 from qwha_cli.adapters.spectral.model import SpectralModel
 from qwha_cli.errors import ArtifactError, ModelError
+from qwha_cli.kernels.backend import Choice, Requested, choose
+from qwha_cli.kernels.effective_weight import OP
 from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.spectral_linear import Keep
+from qwha_cli.quant.linear import QuantizedLinear
 
 ADAPTER = "default"
 Start = SparseRows | LowRank
@@ -207,3 +210,19 @@ def set_keep(model: nn.Module, keep: Keep) -> None:
     """Choose for all layers whether backward computes the dense weight again ("memory") or keeps it ("speed")."""
     for layer in _adapted_layers(model).values():
         layer.keep = keep
+
+
+def set_backend(model: PreTrainedModel | PeftModel, backend: Requested) -> Choice:
+    """Choose for all layers, adapted or only quantized, which implementation of the kernels they ask for.
+
+    Returns:
+        What builds the layers' weights on the model's device, and why.
+
+    Raises:
+        KernelError: `triton` was asked for, and cannot run there.
+    """
+    choice = choose(backend, op=OP, device=model.device)
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear | QuantizedLinear):
+            module.backend = backend
+    return choice

@@ -1,4 +1,4 @@
-"""Tensors computed from a layer's own, kept between calls and outside of the module tree.
+"""What is computed from a layer's tensors, kept between calls and outside of the module tree.
 
 A buffer would land in the adapter's file and in every broadcast between ranks. Kept here instead, a result is valid as long as
 the very tensors that it came from are still in place and unwritten: a move to another device or dtype makes new tensors, an
@@ -9,25 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class _Entry:
+class _Entry(Generic[T]):
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    result: Tensor
+    result: T
 
 
-class DerivedTensors:
-    """A small cache of tensors by key, each tied to the tensors it was computed from."""
+class Derived(Generic[T]):
+    """A small cache of tensors, or of values made of tensors, by key, each tied to the tensors it was computed from."""
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, _Entry] = {}
+        self._entries: dict[Hashable, _Entry[T]] = {}
 
-    def get(self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+    def get(self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
         """The stored result, or a new one if a source was replaced or written to.
 
         Args:
@@ -51,14 +54,14 @@ class DerivedTensors:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> DerivedTensors:
-        return DerivedTensors()
+    def __deepcopy__(self, memo: dict[int, object]) -> Derived[T]:
+        return Derived()
 
-    def __reduce__(self) -> tuple[type[DerivedTensors], tuple[()]]:
-        return DerivedTensors, ()
+    def __reduce__(self) -> tuple[type[Derived[T]], tuple[()]]:
+        return Derived, ()
 
 
-def _unchanged(entry: _Entry, sources: Sequence[Tensor]) -> bool:
+def _unchanged(entry: _Entry[T], sources: Sequence[Tensor]) -> bool:
     return len(entry.sources) == len(sources) and all(
         one is other and version == _version(other)
         for one, version, other in zip(entry.sources, entry.versions, sources, strict=True)

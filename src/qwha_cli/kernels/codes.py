@@ -28,14 +28,14 @@ class Codes:
     """A quantized (out, in) matrix in its own basis.
 
     Attributes:
-        codes: As above, like all tensors on one device.
+        codes: As above; contiguous and on one device, like all tensors.
         scales: As above.
         zeros: As above.
         layout: Which of the two.
         shape: (out, in).
         bits: Bits a code.
         zero_bits: Bits a zero point, at least bits; nf4 has none.
-        group_size: Neighbouring weights that share a scale; divides `in` in the layout gptq.
+        group_size: Neighbouring weights that share a scale; divides `in`, and is even in the layout nf4.
     """
 
     codes: Tensor

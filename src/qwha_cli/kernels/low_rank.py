@@ -9,7 +9,6 @@ with keep="memory" it is built again from the base. The second part is two ordin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwha_cli.errors import KernelError
+from qwha_cli.kernels.backend import Requested
+from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.dequantize import dense_base
 from qwha_cli.kernels.effective_weight import Basis
 from qwha_cli.kernels.spectral_linear import Keep
 from qwha_cli.kernels.wht import wht
@@ -69,44 +71,50 @@ class LowRank:
 
 
 def frozen_linear(
-    x: Tensor, *, base: Callable[[torch.dtype], Tensor], basis: Basis, bias: Tensor | None, keep: Keep = "memory"
+    x: Tensor,
+    *,
+    base: Codes | Tensor,
+    basis: Basis,
+    bias: Tensor | None,
+    keep: Keep = "memory",
+    backend: Requested = "auto",
 ) -> Tensor:
     """Apply a linear layer whose weight gets no gradient.
 
     Args:
         x: (..., in), floating, any device. Autocast is the caller's to apply.
-        base: Gives Q̂ (out, in) in its own basis and the dtype asked for. Called again in the backward pass, so it must give the
-            same weight then.
+        base: Q̂ (out, in) in its own basis, quantized or dense. Read again in the backward pass, so it must not change before.
         basis: Where the base's codes live.
         bias: (out,) or None.
         keep: What the backward pass finds: nothing, or the dense weight.
+        backend: Which implementation makes codes dense.
 
     Returns:
         (..., out), dtype of x; differentiable in x and in the bias.
     """
     with torch.autocast(x.device.type, enabled=False):
-        result: Tensor = _FrozenLinear.apply(x, None if bias is None else bias.to(x.dtype), _Layer(base, basis, keep))
+        # outside of the function below, so that layers with the same input can share it
+        z = wht(x) if basis == "hadamard" else x
+        result: Tensor = _FrozenLinear.apply(z, None if bias is None else bias.to(x.dtype), base, keep, backend)
     return result
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """What one call knows besides its tensors."""
-
-    base: Callable[[torch.dtype], Tensor]
-    basis: Basis
-    keep: Keep
-
-
 class _FrozenLinear(torch.autograd.Function):
-    """y = z Q̂ᵀ + b with z = x or x H; dx = dy Q̂ or (dy Q̂) Hᵀ."""
+    """y = z Q̂ᵀ + b; dz = dy Q̂."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:  # noqa: ANN401
-        weight = layer.base(x.dtype)
-        ctx.layer, ctx.dtype = layer, x.dtype
-        ctx.save_for_backward(*((weight,) if layer.keep == "speed" else ()))
-        return torch.nn.functional.linear(wht(x) if layer.basis == "hadamard" else x, weight, bias)
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        z: Tensor,
+        bias: Tensor | None,
+        base: Codes | Tensor,
+        keep: Keep,
+        backend: Requested,
+    ) -> Tensor:
+        weight = dense_base(base, z.dtype, backend=backend)
+        ctx.base, ctx.dtype, ctx.backend = base, z.dtype, backend
+        ctx.save_for_backward(*((weight,) if keep == "speed" else ()))
+        return torch.nn.functional.linear(z, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -115,13 +123,11 @@ class _FrozenLinear(torch.autograd.Function):
         *grad_outputs: Tensor,
     ) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        layer: _Layer = ctx.layer
-        dx = dbias = None
+        dz = dbias = None
         # a caller may run the backward pass inside autocast too
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = dy @ (ctx.saved_tensors[0] if ctx.saved_tensors else layer.base(ctx.dtype))
-                dx = wht(dx, transpose=True) if layer.basis == "hadamard" else dx
+                dz = dy @ (ctx.saved_tensors[0] if ctx.saved_tensors else dense_base(ctx.base, ctx.dtype, backend=ctx.backend))
             if ctx.needs_input_grad[1]:
                 dbias = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
-        return dx, dbias, None
+        return dz, dbias, None, None, None

@@ -6,7 +6,8 @@ entries side by side. The form on disk is another one, see gaps.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -30,12 +31,36 @@ class Places:
     row_starts: Tensor
     columns: Tensor
     shape: tuple[int, int]
+    _span_starts: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False, repr=False)
 
     @classmethod
     def from_rows(cls, rows: SparseRows) -> Places:
         """The places of existing entries, on their device."""
         kind = torch.uint16 if rows.shape[1] <= _SHORT_LIMIT else torch.int32
         return cls(rows.row_starts, rows.columns.to(kind), rows.shape)
+
+    @classmethod
+    def from_flat(cls, flat_index: Tensor, *, shape: tuple[int, int]) -> Places:
+        """Places given in the flattened matrix.
+
+        Args:
+            flat_index: (nnz,) int32, row · in + column, ascending and without repeats.
+            shape: (out, in); out · in < 2^31.
+        """
+        return cls.from_rows(SparseRows.from_flat(flat_index, flat_index, shape=shape))
+
+    @classmethod
+    def union(cls, parts: Sequence[Places]) -> tuple[Places, Tensor]:
+        """All places of several matrices, each once.
+
+        Args:
+            parts: Of one shape, on one device.
+
+        Returns:
+            The places, and for the entries of all parts, one part after the other, which of them is theirs: int32 (nnz of all,).
+        """
+        flat, entry = torch.cat([part.flat_index for part in parts]).unique(return_inverse=True)
+        return cls.from_flat(flat, shape=parts[0].shape), entry.to(torch.int32)
 
     def __len__(self) -> int:
         """Entries."""
@@ -50,3 +75,28 @@ class Places:
         """(nnz,) int32: row · in + column. Made at the first use, by the torch forms of ops only."""
         with torch.inference_mode(False), torch.no_grad():
             return self.with_values(self.columns).flat_index()
+
+    def span_starts(self, span: int) -> Tensor:
+        """Where the entries of each row's spans begin: kernels take rows in pieces of so many columns.
+
+        Args:
+            span: Columns; the last span of a row may have fewer.
+
+        Returns:
+            (out · spans + 1,) int32: entries s[i] .. s[i + 1] − 1 lie in row i // spans and its span i % spans. Made at the first
+            use and kept.
+        """
+        out_features, in_features = self.shape
+        if span >= in_features:
+            return self.row_starts
+        found = self._span_starts.get(span)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                # not flat_index itself, which would be kept
+                flat = self.with_values(self.columns).flat_index()
+                first = torch.arange(0, in_features, span, dtype=torch.int32, device=flat.device)
+                rows = torch.arange(out_features, dtype=torch.int32, device=flat.device) * in_features
+                edges = (rows[:, None] + first).view(-1)
+                found = torch.cat([torch.searchsorted(flat, edges, out_int32=True), self.row_starts[-1:]])
+            self._span_starts[span] = found
+        return found

@@ -1,4 +1,4 @@
-"""The two layouts of stored codes: which tensors a quantized matrix has, and how they become numbers again.
+"""The two layouts of stored codes: which tensors a quantized matrix has, how they are packed, and what kernels read of them.
 
 `gptq` (GPTQ and RTN; checkpoint format gptq_v2): value = scale · (code − zero), the zero stored as it is. With fine zero points
 (zero_bits > bits) zero = stored / 2^(zero_bits − bits), which only qwha reads.
@@ -9,20 +9,25 @@
     weight uint8 (ceil(out·in/2), 1)   two codes a byte, the first in the high half
     absmax float32 (out·in / group_size,)
     quant_map float32 (16,)
-All weights are (out, in). Only shapes and arithmetic here; what a weight is and knows about itself is in packed.py.
+All weights are (out, in). Only shapes and packing here; what a weight is and knows about itself is in packed.py, how it becomes
+numbers again in kernels/dequantize.py.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from qwha_cli.kernels.codes import Layout
 from qwha_cli.kernels.unpack import num_words, pack, unpack
 
-Layout = Literal["gptq", "nf4"]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+NAMES: dict[Layout, tuple[str, str, str]] = {
+    "gptq": ("qweight", "scales", "qzeros"),
+    "nf4": ("weight", "absmax", "quant_map"),
+}
+"""The tensors of a layout that kernels know as codes, scales and zeros."""
 
 
 def tensor_shapes(layout: Layout, *, shape: tuple[int, int], bits: int, zero_bits: int, group_size: int) -> Shapes:
@@ -71,31 +76,3 @@ def unpack_gptq(
     codes = unpack(tensors["qweight"].T, bits=bits, count=in_features)
     zeros = unpack(tensors["qzeros"], bits=zero_bits, count=out_features).T.float() / (1 << (zero_bits - bits))
     return codes.contiguous(), tensors["scales"].T.contiguous(), zeros.contiguous()
-
-
-def dequantize_gptq(
-    tensors: dict[str, Tensor], *, shape: tuple[int, int], bits: int, zero_bits: int, dtype: torch.dtype
-) -> Tensor:
-    """Scale · (code − zero), (out, in), computed exactly and rounded once to `dtype`."""
-    out_features, in_features = shape
-    codes = unpack(tensors["qweight"].T, bits=bits, count=in_features)
-    zeros = unpack(tensors["qzeros"], bits=zero_bits, count=out_features).T
-    scales = tensors["scales"].T
-    # a float16 scale times a number of at most 8 bits is exact in float32
-    exact = torch.promote_types(dtype, torch.float32)
-    values = codes.view(out_features, scales.shape[1], -1).to(exact)
-    values.sub_(zeros.unsqueeze(-1) if zero_bits == bits else zeros.to(exact).div_(1 << (zero_bits - bits)).unsqueeze(-1))
-    values.mul_(scales.unsqueeze(-1))
-    return values.view(shape).to(dtype)
-
-
-def dequantize_nf4(tensors: dict[str, Tensor], *, shape: tuple[int, int], group_size: int, dtype: torch.dtype) -> Tensor:
-    """quant_map[code] · absmax, (out, in), computed in float32 at least and rounded once to `dtype`.
-
-    A table look-up of our own: bitsandbytes' CPU kernel returns wrong numbers when a row is no whole number of blocks.
-    """
-    count = shape[0] * shape[1]
-    pairs = tensors["weight"].view(-1)
-    codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).view(-1)[:count]
-    values = tensors["quant_map"][codes.int()].view(-1, group_size) * tensors["absmax"].unsqueeze(-1)
-    return values.view(shape).to(dtype)

@@ -4,7 +4,7 @@
 
 It has no parameters: gradient flows to x, never to the codes. The tensors of its PackedWeight are buffers under the same names,
 so the state dict is the checkpoint. Scales keep their dtype whatever `model.to(dtype)` says: rounding them to bfloat16 would move
-every weight off the grid that was chosen for it. The dense weight is made at each forward, or kept with `keep_dense`.
+every weight off the grid that was chosen for it. Forward and backward each make the dense weight, or it is kept: `keep_dense`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwha_cli.kernels.backend import Requested
+from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.dequantize import dequantize
+from qwha_cli.kernels.low_rank import frozen_linear
 from qwha_cli.kernels.wht import wht
+from qwha_cli.quant.layout import NAMES
 from qwha_cli.quant.packed import Basis, PackedWeight, QuantFormat, check_group
 
 
@@ -29,6 +34,9 @@ class QuantizedLinear(nn.Module):
         format: How the codes are stored.
         device: Of the buffers.
         dtype: Of the bias; None for torch's default.
+
+    Attributes:
+        backend: Which implementation makes the codes dense.
 
     Raises:
         ModelError: The inputs are no whole number of groups.
@@ -51,12 +59,14 @@ class QuantizedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.format = format
+        self.backend: Requested = "auto"
         for name, (shape, kind) in format.shapes((out_features, in_features)).items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
         self._keep_dense = False
         # a plain attribute: neither in the state dict nor moved with the module
         self._dense: Tensor | None = None
+        self._codes: Codes | None = None
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> QuantizedLinear:
@@ -95,14 +105,26 @@ class QuantizedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return PackedWeight({name: self.get_buffer(name) for name in self.format.shapes(shape)}, self.format, shape)
 
+    def codes(self) -> Codes:
+        """The codes as kernels read them, the same object until a buffer is replaced; it shares the buffers."""
+        found = self._codes
+        codes, scales, zeros = (self._buffers[name] for name in NAMES[self.format.layout])
+        if found is None or found.codes is not codes or found.scales is not scales or found.zeros is not zeros:
+            found = self._codes = self.packed().as_codes()
+        return found
+
+    def operand(self, dtype: torch.dtype) -> Codes | Tensor:
+        """What a kernel gets for Q̂: the codes, or the dense weight of this dtype where that is kept."""
+        return self.dense(dtype) if self._keep_dense else self.codes()
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Q̂ (out, in) in its own basis. Do not write into it: it may be the kept one."""
         if not self._keep_dense:
-            return self.packed().dequantize(dtype)
+            return dequantize(self.codes(), dtype, backend=self.backend)
         if self._dense is None or self._dense.dtype != dtype:
             # a tensor made under inference_mode could never take part in training afterwards
             with torch.inference_mode(False), torch.no_grad():
-                self._dense = self.packed().dequantize(dtype)
+                self._dense = dequantize(self.codes(), dtype, backend=self.backend)
         return self._dense
 
     def weight_in_weight_basis(self, dtype: torch.dtype) -> Tensor:
@@ -121,6 +143,9 @@ class QuantizedLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        if torch.is_grad_enabled() and x.requires_grad:
+            # autograd by itself would keep the dense weight of every layer
+            return frozen_linear(x, base=self.operand(x.dtype), basis=self.basis, bias=self.bias, backend=self.backend)
         z = wht(x) if self.basis == "hadamard" else x
         bias = None if self.bias is None else self.bias.to(z.dtype)
         return F.linear(z, self.dense(z.dtype), bias)

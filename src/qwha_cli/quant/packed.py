@@ -16,9 +16,11 @@ from torch import Tensor
 
 from qwha_cli.errors import ArtifactError, KernelError, ModelError
 from qwha_cli.kernels.backend import Requested
+from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.dequantize import dequantize
 from qwha_cli.kernels.unpack import WIDTHS
 from qwha_cli.kernels.wht import wht
-from qwha_cli.quant.layout import Layout, Shapes, dequantize_gptq, dequantize_nf4, pack_gptq, tensor_shapes, unpack_gptq
+from qwha_cli.quant.layout import NAMES, Layout, Shapes, pack_gptq, tensor_shapes, unpack_gptq
 
 Basis = Literal["weight", "hadamard"]
 Method = Literal["gptq", "rtn", "nf4"]
@@ -178,12 +180,15 @@ class PackedWeight:
             raise KernelError("an nf4 weight has no scale · (code − zero)", remedy="quantize with gptq or rtn")
         return unpack_gptq(self.tensors, shape=self.shape, bits=self.format.bits, zero_bits=self.format.zero_bits)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The matrix (out, in) in its own basis, rounded once to `dtype`."""
-        if self.format.layout == "nf4":
-            return dequantize_nf4(self.tensors, shape=self.shape, group_size=self.format.group_size, dtype=dtype)
+    def as_codes(self) -> Codes:
+        """The matrix as kernels read it; it shares the tensors."""
         form = self.format
-        return dequantize_gptq(self.tensors, shape=self.shape, bits=form.bits, zero_bits=form.zero_bits, dtype=dtype)
+        codes, scales, zeros = (self.tensors[name] for name in NAMES[form.layout])
+        return Codes(codes, scales, zeros, form.layout, self.shape, form.bits, form.zero_bits, form.group_size)
+
+    def dequantize(self, dtype: torch.dtype, *, backend: Requested = "auto") -> Tensor:
+        """The matrix (out, in) in its own basis, rounded once to `dtype`; the same to the bit from every backend."""
+        return dequantize(self.as_codes(), dtype, backend=backend)
 
     def in_weight_basis(self, dtype: torch.dtype) -> Tensor:
         """Q̂, or Q̂ Hᵀ if the codes live in the Hadamard basis: what multiplies the untransformed input; (out, in)."""

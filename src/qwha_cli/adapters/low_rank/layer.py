@@ -22,6 +22,7 @@ from qwha_cli.adapters.adapted_linear import AdaptedLinear
 from qwha_cli.adapters.base_layer import device_of
 from qwha_cli.errors import ArtifactError, UsageError
 from qwha_cli.kernels.low_rank import LowRank, frozen_linear
+from qwha_cli.kernels.spectral_linear import autocasted
 from qwha_cli.kernels.wht import wht
 
 
@@ -123,14 +124,18 @@ class LowRankLinear(AdaptedLinear, LoraLayer):
         names = self._in_use()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        device = x.device.type
-        # autocast leaves float64 alone everywhere else, so here too
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
+        x = autocasted(x)
+        with torch.autocast(x.device.type, enabled=False):
             if self._caching and not self.training and not (torch.is_grad_enabled() and self._trainable(names)):
                 return self._forward_cached(x, names)
-            y = frozen_linear(x, base=self._base_weight, basis=self.basis, bias=self.base_layer.bias, keep=self.keep)
+            y = frozen_linear(
+                x,
+                base=self._base(x.dtype),
+                basis=self.basis,
+                bias=self.base_layer.bias,
+                keep=self.keep,
+                backend=self.backend,
+            )
             return reduce(torch.add, [self._update(name, x) for name in names], y)
 
     def _update(self, name: str, x: Tensor) -> Tensor:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from qwha_cli.adapters.adapted_linear import AdaptedLinear
 from qwha_cli.adapters.base_layer import device_of
-from qwha_cli.adapters.derived import DerivedTensors
+from qwha_cli.adapters.derived import Derived
 from qwha_cli.adapters.spectral.config import Sizes
 from qwha_cli.errors import ArtifactError, KernelError
 from qwha_cli.kernels.effective_weight import Transform, effective_weight
 from qwha_cli.kernels.gaps import UNFILLED, decode_gaps, encode_gaps
+from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.sparse_matmul import SparseRows
-from qwha_cli.kernels.spectral_linear import spectral_linear
+from qwha_cli.kernels.spectral_linear import autocasted, spectral_linear
 from qwha_cli.kernels.wht import wht
 
 
@@ -49,7 +50,7 @@ class SpectralLinear(AdaptedLinear):
         self.qwha_gaps = BufferDict(persistent=True)
         self.qwha_scale: dict[str, float] = {}
         self.qwha_transform: dict[str, Transform] = {}
-        self._index = DerivedTensors()
+        self._index: Derived[tuple[Places, Tensor | None]] = Derived()
 
     # ---- adapters on the layer
 
@@ -112,19 +113,37 @@ class SpectralLinear(AdaptedLinear):
         Raises:
             ArtifactError: The stream of its places is damaged, or was never loaded.
         """
-        shape = (self.out_features, self.in_features)
-        return SparseRows.from_flat(self._places(adapter_name), self.qwha_values[adapter_name].detach(), shape=shape)
+        return self._places((adapter_name,))[0].with_values(self.qwha_values[adapter_name].detach())
 
-    def _places(self, adapter_name: str) -> Tensor:
-        """(nnz,) int32, row · in + column of each entry, read anew from the stream."""
+    def _read_places(self, adapter_name: str) -> Places:
+        """Where the entries of one adapter lie, read anew from the stream."""
         gaps = cast(Tensor, self.qwha_gaps[adapter_name])
         try:
-            return decode_gaps(gaps, entries=len(self.qwha_values[adapter_name]), size=self._size)
+            flat = decode_gaps(gaps, entries=len(self.qwha_values[adapter_name]), size=self._size)
         except KernelError as error:
             raise ArtifactError(
                 f"the places of adapter {adapter_name} are damaged or were never loaded: {error.message}",
                 remedy="load it from an undamaged folder; a config with entries is for loading, not for a fresh adapter",
             ) from error
+        return Places.from_flat(flat, shape=(self.out_features, self.in_features))
+
+    def _places(self, names: tuple[str, ...]) -> tuple[Places, Tensor | None]:
+        """Where the entries of adapters lie, each place once, and for several adapters which of them each entry is."""
+        sources = [cast(Tensor, self.qwha_gaps[name]) for name in names]
+        return self._index.get(names, sources, lambda: self._make_places(names))
+
+    def _make_places(self, names: tuple[str, ...]) -> tuple[Places, Tensor | None]:
+        parts = [self._read_places(name) for name in names]
+        return (parts[0], None) if len(parts) == 1 else Places.union(parts)
+
+    def _combined(self, names: tuple[str, ...]) -> tuple[Tensor, Places, float]:
+        """Adapters as one F: its values, its places and the factor on it."""
+        places, entry = self._places(names)
+        if entry is None:
+            return self.qwha_values[names[0]], places, self.qwha_scale[names[0]]
+        scaled = torch.cat([self.qwha_values[name] * self.qwha_scale[name] for name in names])
+        # entries at the same place add up, so that kernels see no place twice
+        return scaled.new_zeros(len(places)).index_add(0, entry, scaled), places, 1.0
 
     # ---- forward
 
@@ -149,46 +168,46 @@ class SpectralLinear(AdaptedLinear):
         if mixed or (transform == "identity" and self.basis == "hadamard"):
             # no single form: the base in one basis, an adapter in another
             return self.base_layer(x, *args, **kwargs) + F.linear(x, self._delta(names).to(x.dtype))
-        values, scale = self._values(names)
-        if self._caching and not self.training and not (torch.is_grad_enabled() and values.requires_grad):
+        x = autocasted(x)
+        if self._caching and not self.training and not (torch.is_grad_enabled() and self._trainable(names)):
             return self._forward_cached(x, names, transform)
+        values, places, scale = self._combined(names)
         return spectral_linear(
             x,
             values,
-            base=self._base_weight,
-            flat_index=self._flat_index(names),
+            base=self._base(x.dtype),
+            places=places,
             basis=self.basis,
             scale=scale,
             bias=self.bias,
             keep=self.keep,
             transform=transform,
+            backend=self.backend,
         )
 
     def _forward_cached(self, x: Tensor, names: tuple[str, ...], transform: Transform) -> Tensor:
         # the same steps as in spectral_linear, so that the result is the same to the bit
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
         sources = [self.qwha_values[name] for name in names]
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             weight = self._weights.get((x.dtype, names), sources, lambda: self._effective(names, transform, x.dtype))
             bias = cast("Tensor | None", self.bias)
             return F.linear(wht(x) if self.basis == "hadamard" else x, weight, None if bias is None else bias.to(x.dtype))
 
     def _effective(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
-        values, scale = self._values(names)
-        index = self._flat_index(names)
-        return effective_weight(self._base_weight(dtype), values, index, basis=self.basis, scale=scale, transform=transform)
+        values, places, scale = self._combined(names)
+        return effective_weight(
+            self._base(dtype),
+            values,
+            places,
+            basis=self.basis,
+            scale=scale,
+            dtype=dtype,
+            transform=transform,
+            backend=self.backend,
+        )
 
-    def _values(self, names: tuple[str, ...]) -> tuple[Tensor, float]:
-        if len(names) == 1:
-            return self.qwha_values[names[0]], self.qwha_scale[names[0]]
-        return torch.cat([self.qwha_values[name] * self.qwha_scale[name] for name in names]), 1.0
-
-    def _flat_index(self, names: tuple[str, ...]) -> Tensor:
-        """Positions row · in + column of all entries, one adapter after the other."""
-        sources = [cast(Tensor, self.qwha_gaps[name]) for name in names]
-        return self._index.get(names, sources, lambda: torch.cat([self._places(name) for name in names]))
+    def _trainable(self, names: tuple[str, ...]) -> bool:
+        return any(self.qwha_values[name].requires_grad for name in names)
 
     # ---- merging
 
@@ -201,10 +220,8 @@ class SpectralLinear(AdaptedLinear):
         Returns:
             float32 (out, in) in the weight basis, whatever basis the codes are in; differentiable in the values.
         """
-        values = self.qwha_values[adapter]
-        flat = values.new_zeros(self.out_features * self.in_features, dtype=torch.float32)
-        sparse = flat.index_add(0, self._flat_index((adapter,)), values.float() * self.qwha_scale[adapter])
-        sparse = sparse.view(self.out_features, self.in_features)
+        values = self.qwha_values[adapter].float() * self.qwha_scale[adapter]
+        sparse = self._places((adapter,))[0].with_values(values).dense()
         return wht(sparse, transpose=True) if self.qwha_transform[adapter] == "wht" else sparse
 
     @torch.no_grad()
@@ -220,13 +237,12 @@ class SpectralLinear(AdaptedLinear):
         """
         names = tuple(self._in_use() if adapter_names is None else adapter_names)
         spectral = tuple(name for name in names if self.qwha_transform[name] == "wht")
-        weight = self._base_weight(torch.float32)
         if self.basis == "hadamard":
-            if spectral:
-                values, scale = self._values(spectral)
-                weight = effective_weight(weight, values, self._flat_index(spectral), basis="hadamard", scale=scale)
+            weight = self._effective(spectral, "wht", torch.float32) if spectral else self._base_weight(torch.float32)
             weight = wht(weight, transpose=True)
             names = tuple(name for name in names if name not in spectral)
+        else:
+            weight = self._base_weight(torch.float32)
         return (weight + self._delta(names) if names else weight).to(dtype, copy=True)
 
     # ---- housekeeping

@@ -1,0 +1,269 @@
+"""The kernels that make a layer's weight, against the bandwidth of a copy measured in the same run.
+
+    python benchmarks/bench_effective_weight.py tune --out results.jsonl     every cut; prints the best and the chosen
+    python benchmarks/bench_effective_weight.py run --out results.jsonl      the product's own choice, beside torch
+    python benchmarks/bench_effective_weight.py run --check                  first, that all results are torch's to the bit
+
+Bytes of a weight are its codes, scales and zeros, 2 + 4 a entry of F, and 2 a weight written. Launches are recorded into a CUDA
+graph, each on tensors of its own, together several times the cache, so that neither the host nor the cache flatters. One line of
+JSON a measurement; `share` is that of the copy's bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from qwha_cli.kernels import dequantize_triton as kernel
+from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.dequantize import dequantize
+from qwha_cli.kernels.effective_weight import effective_weight, gather_entries
+from qwha_cli.kernels.places import Places
+from qwha_cli.kernels.unpack import num_words
+
+SHAPES = [(3072, 3072), (1024, 3072), (8192, 3072), (3072, 8192), (4096, 4096), (14336, 4096), (4096, 14336)]
+KINDS = ["2", "3", "4", "nf4", "dense"]
+GROUP = 64
+DENSITY = 0.042
+# several times an H100's cache of 50 MB
+ROTATED_BYTES = 256 * 2**20
+
+Base = Codes | Tensor
+
+
+def random_base(kind: str, shape: tuple[int, int], device: str = "cuda") -> Base:
+    """A matrix of random codes, or a dense one in bfloat16."""
+    out, size = shape
+    if kind == "dense":
+        return torch.randn(shape, dtype=torch.bfloat16, device=device)
+    if kind == "nf4":
+        packed = torch.randint(0, 256, (out * size // 2, 1), device=device).to(torch.uint8)
+        scales = torch.rand(out * size // GROUP, device=device)
+        return Codes(packed, scales, torch.linspace(-1, 1, 16, device=device), "nf4", shape, 4, 4, GROUP)
+    bits = int(kind)
+    zero_bits = max(bits, 4) if bits == 2 else bits
+
+    def words(rows: int, columns: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, (rows, columns), device=device).to(torch.int32)
+
+    scales = torch.rand(size // GROUP, out, device=device).half()
+    codes, zeros = words(num_words(size, bits=bits), out), words(size // GROUP, num_words(out, bits=zero_bits))
+    return Codes(codes, scales, zeros, "gptq", shape, bits, zero_bits, GROUP)
+
+
+def random_entries(shape: tuple[int, int], device: str = "cuda") -> tuple[Tensor, Places]:
+    """Values and places, as dense as a rank of 64 makes them in the middle of these shapes."""
+    flat = (torch.rand(shape, device=device) < DENSITY).view(-1).nonzero().view(-1).to(torch.int32)
+    return torch.randn(flat.numel(), device=device), Places.from_flat(flat, shape=shape)
+
+
+def copy_of(base: Base) -> Base:
+    """The same numbers in other memory."""
+    if isinstance(base, Tensor):
+        return base.clone()
+    tensors = (base.codes.clone(), base.scales.clone(), base.zeros.clone())
+    return Codes(*tensors, base.layout, base.shape, base.bits, base.zero_bits, base.group_size)
+
+
+def size_of(base: Base | None) -> int:
+    """Bytes."""
+    if base is None:
+        return 0
+    tensors = (base,) if isinstance(base, Tensor) else (base.codes, base.scales, base.zeros)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def microseconds(calls: Sequence[Callable[[], object]]) -> float:
+    """Time of one call, the median of several replays of all of them."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    found: list[float] = []
+    for _ in range(6):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end) * 1000 / len(calls))
+    # the first replay uploads the graph
+    return statistics.median(found[1:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 512 MB."""
+    source = torch.empty(2**28, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 2 / (microseconds([lambda: target.copy_(source)] * 4) * 1e-6)
+
+
+class Report:
+    """Lines of JSON, to a file and on wish to the screen."""
+
+    def __init__(self, file: IO[str] | None, copy: float) -> None:
+        self.file, self.copy = file, copy
+
+    def line(self, taken: float, moved: int, *, show: bool = True, **fields: object) -> dict[str, object]:
+        """Note a measurement of so many microseconds and bytes."""
+        share = moved / (taken * 1e-6) / self.copy
+        record = {**fields, "us": round(taken, 2), "gb_s": round(moved / taken / 1000), "share": round(share, 3)}
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+        if show:
+            print(json.dumps(record), flush=True)
+        return record
+
+
+Job = tuple[Base | None, tuple[Tensor, Places, float], Tensor]
+
+
+def sets(base: Base | None, values: Tensor, places: Places, moved: int) -> list[Job]:
+    """Copies of a base and of the entries, each with a weight to write."""
+    found: list[Job] = []
+    for _ in range(max(2, math.ceil(ROTATED_BYTES / moved))):
+        own = Places(places.row_starts.clone(), places.columns.clone(), places.shape)
+        weight = torch.empty(places.shape, dtype=torch.bfloat16, device="cuda")
+        found.append((None if base is None else copy_of(base), (values.clone(), own, 0.5), weight))
+    return found
+
+
+def launch_in_torch(weight: Tensor, base: Base, entries: tuple[Tensor, Places, float]) -> Tensor:
+    """What the kernel replaces."""
+    values, places, scale = entries
+    return effective_weight(
+        base, values, places, basis="hadamard", scale=scale, dtype=weight.dtype, transform="wht", backend="torch"
+    )
+
+
+def compile_all(jobs: list[tuple[str, kernel.Config]]) -> None:
+    """Launch each kind with each cut once, which leaves the kernels in Triton's cache on the disk."""
+    entries = random_entries((256, 3072))
+    for kind, config in jobs:
+        weight = torch.empty((256, 3072), dtype=torch.bfloat16, device="cuda")
+        kernel.launch(weight, random_base(kind, (256, 3072)), (*entries, 1.0), config)
+    torch.cuda.synchronize()
+
+
+def tune(report: Report, workers: int) -> None:
+    """Every cut on every shape and kind."""
+    begun = time.perf_counter()
+    jobs = [(kind, config) for config in kernel.CANDIDATES for kind in KINDS]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_all, [jobs[i::workers] for i in range(workers)]))
+    print(json.dumps({"compiled": len(jobs), "s": round(time.perf_counter() - begun)}), flush=True)
+    for shape in SHAPES:
+        values, places = random_entries(shape)
+        for kind in KINDS:
+            base = random_base(kind, shape)
+            moved = size_of(base) + 6 * len(places) + 2 * shape[0] * shape[1]
+            rotated = sets(base, values, places, moved)
+            chosen = kernel.config_for(base, shape)
+            found: list[dict[str, object]] = []
+            for config in {*kernel.CANDIDATES, chosen}:
+                calls = [partial(kernel.launch, weight, own, entries, config) for own, entries, weight in rotated]
+                fields = {"shape": shape, "kind": kind, "chosen": config == chosen, **asdict(config)}
+                found.append(report.line(microseconds(calls), moved, show=False, **fields))
+            found.sort(key=lambda record: float(str(record["us"])))
+            for record in [*found[:2], *(r for r in found[2:] if r["chosen"]), next(r for r in found if r["split"])]:
+                print(json.dumps(record), flush=True)
+
+
+def run(report: Report, *, check: bool) -> None:
+    """What the product does, beside torch."""
+    for shape in SHAPES:
+        values, places = random_entries(shape)
+        weights = 2 * shape[0] * shape[1]
+        for kind in [*KINDS, "zeros"]:
+            base = None if kind == "zeros" else random_base(kind, shape)
+            if check and base is not None:
+                compare(base, values, places)
+            moved = size_of(base) + 6 * len(places) + weights
+            rotated = sets(base, values, places, moved)
+            config = kernel.config_for(base, shape)
+            calls = [partial(kernel.launch, weight, own, entries, config) for own, entries, weight in rotated]
+            report.line(microseconds(calls), moved, op="effective_weight", shape=shape, kind=kind)
+            if isinstance(base, Codes):
+                calls = [partial(kernel.launch, weight, own, None, config) for own, _, weight in rotated]
+                report.line(microseconds(calls), moved - 6 * len(places), op="dequantize", shape=shape, kind=kind)
+            if kind in ("2", "dense"):
+                calls = [
+                    partial(launch_in_torch, weight, own, entries) for own, entries, weight in rotated[:2] if own is not None
+                ]
+                report.line(microseconds(calls), moved, op="effective_weight, torch", shape=shape, kind=kind)
+        rotated = sets(None, values, places, weights)
+        for backend in ("triton", "torch"):
+            calls = [partial(gather_entries, weight, e[1], scale=0.5, backend=backend) for _, e, weight in rotated]
+            report.line(microseconds(calls), weights + 6 * len(places), op=f"gather, {backend}", shape=shape)
+    report.line(host_microseconds(), 0, op="host time of a call of effective_weight")
+
+
+def host_microseconds() -> float:
+    """What a call costs the host, with a kernel so small that nothing waits for it."""
+    shape = (256, 1024)
+    base, (values, places) = random_base("2", shape), random_entries(shape)
+    how = {"basis": "hadamard", "scale": 0.5, "dtype": torch.bfloat16}
+    for count in (20, 200):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(count):
+            effective_weight(base, values, places, **how)
+        taken = time.perf_counter() - begun
+    return taken / count * 1e6
+
+
+def compare(base: Base, values: Tensor, places: Places) -> None:
+    """Refuse a result that is not torch's to the bit."""
+    how = {"basis": "hadamard", "scale": 0.5, "dtype": torch.bfloat16}
+    expected = effective_weight(base, values, places, backend="torch", **how)
+    assert torch.equal(effective_weight(base, values, places, backend="triton", **how), expected)
+    found = gather_entries(expected, places, scale=0.5, backend="triton")
+    assert torch.equal(found, gather_entries(expected, places, scale=0.5, backend="torch"))
+    if isinstance(base, Codes):
+        assert torch.equal(dequantize(base, torch.bfloat16), dequantize(base, torch.bfloat16, backend="torch"))
+    if places.shape[0] == SHAPES[0][0]:
+        for config in kernel.CANDIDATES[::5]:
+            weight = torch.empty(places.shape, dtype=torch.bfloat16, device="cuda")
+            kernel.launch(weight, base, (values, places, 0.5), config)
+            assert torch.equal(weight, expected), config
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["tune", "run"])
+    parser.add_argument("--out", type=Path, help="append all lines to this file")
+    parser.add_argument("--check", action="store_true", help="compare with torch first")
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    copy = copy_bandwidth()
+    print(json.dumps({"device": torch.cuda.get_device_name(), "copy_gb_s": round(copy / 1e9)}), flush=True)
+    file = arguments.out.open("a") if arguments.out else None
+    report = Report(file, copy)
+    if arguments.command == "tune":
+        tune(report, arguments.workers)
+    else:
+        run(report, check=arguments.check)
+    if file is not None:
+        file.close()
+
+
+if __name__ == "__main__":
+    main()

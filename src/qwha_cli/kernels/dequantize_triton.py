@@ -1,0 +1,284 @@
+"""Codes to numbers in Triton, and the kernel that writes a weight with or without the entries of F; see dequantize.py.
+
+A program takes some rows and a span of their columns, tile by tile. Words lie (words, out) and weights (out, in), so a tile is
+read along the outputs and written along the inputs; the words, not the numbers, change hands between threads. Products of a scale
+and a code minus zero are exact in float32, so that no order of operations changes a bit.
+
+Entries of F are written after the tiles: a program's threads wait for each other, compute base + value at their entries' places
+anew, rounded once, and overwrite what lies there, while it is in the cache. Which entries lie in a program's rows and span is
+looked up; the first of them are read before the tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.places import Places
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a weight is cut up.
+
+    Args:
+        rows: Rows of a program, a power of two.
+        columns: Columns of a tile, a power of two, at least 32.
+        span: Columns of a program, a multiple of `columns`; 0 for all.
+        warps: Of a program.
+        stages: Tiles whose loads are under way at once.
+        split: Tiles and entries by two launches, not one.
+    """
+
+    rows: int = 8
+    columns: int = 256
+    span: int = 1024
+    warps: int = 4
+    stages: int = 1
+    split: bool = False
+
+
+CANDIDATES: tuple[Config, ...] = (
+    *(
+        Config(rows, columns, span, warps)
+        for rows, columns, warps in (
+            *((8, 128, 2), (8, 128, 4), (8, 256, 4), (8, 256, 8), (8, 512, 4), (8, 512, 8), (16, 128, 4), (16, 128, 8)),
+            *((16, 256, 4), (16, 256, 8), (16, 512, 8), (32, 128, 4), (32, 128, 8), (4, 512, 4)),
+        )
+        for span in (512, 1024, 2048, 0)
+    ),
+    *(Config(8, columns, 1024, 4, stages=stages) for columns in (256, 512) for stages in (2, 3)),
+    *(Config(rows, 256, span, 4, split=True) for rows in (8, 16) for span in (256, 1024)),
+)
+"""What benchmarks/bench_effective_weight.py times; `config_for` takes from its results."""
+
+
+# 16 rows take twice the registers, with which too few programs fit on a processor to hide what they wait for
+_CUT = Config()
+
+
+def config_for(base: Codes | Tensor | None, shape: tuple[int, int]) -> Config:
+    """The cut for a base, which is codes, a dense matrix, or None for zeros."""
+    return _CUT
+
+
+def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor:
+    """As `dequantize.dequantize`, for float32, bfloat16 and float16."""
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    launch(weight, codes, None, config_for(codes, codes.shape))
+    return weight
+
+
+def launch(weight: Tensor, base: Codes | Tensor | None, entries: tuple[Tensor, Places, float] | None, config: Config) -> None:
+    """Write a weight.
+
+    Args:
+        weight: (out, in), contiguous, written as a whole.
+        base: (out, in), contiguous where it is a tensor; None for zeros.
+        entries: Values (nnz,) of F, their places and the factor on them, to be added; None for none.
+        config: How.
+    """
+    if entries is not None and config.split:
+        _launch(weight, base, entries, config, tiles=True, sparse=False)
+        _launch(weight, base, entries, config, tiles=False, sparse=True)
+    else:
+        _launch(weight, base, entries, config, tiles=True, sparse=entries is not None)
+
+
+def _launch(
+    weight: Tensor,
+    base: Codes | Tensor | None,
+    entries: tuple[Tensor, Places, float] | None,
+    config: Config,
+    *,
+    tiles: bool,
+    sparse: bool,
+) -> None:
+    rows, columns = weight.shape
+    span = config.span if tiles and 0 < config.span < columns else triton.cdiv(columns, config.columns) * config.columns
+    grid = (triton.cdiv(rows, config.rows), triton.cdiv(columns, span))
+    lists = (weight, weight, weight, 0.0)
+    slots = 16
+    if sparse and entries is not None:
+        values, places, factor = entries
+        lists = (values, places.span_starts(span), places.columns, factor)
+        # somewhat more than lie in a row's span on average
+        slots = min(max(triton.next_power_of_2(5 * len(places) // (4 * rows * grid[1]) + 1), 16), 128)
+    if isinstance(base, Codes):
+        tensors = (base.codes, base.scales, base.zeros)
+        kind, bits, zero_bits, group = base.layout, base.bits, base.zero_bits, base.group_size
+    else:
+        tensors = (weight if base is None else base, weight, weight)
+        kind, bits, zero_bits, group = "zeros" if base is None else "dense", 0, 0, 1
+    _write[grid](
+        weight, *tensors, *lists, rows, columns, span,
+        KIND=kind, BITS=bits, ZERO_BITS=zero_bits, GROUP=group, UNIT=min(group & -group, config.columns),
+        TILES=tiles, SPARSE=sparse,
+        ROWS=config.rows, COLUMNS=config.columns, SLOTS=slots, STAGES=config.stages,
+        # a fused product and sum would round otherwise than torch
+        num_warps=config.warps, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit
+def _repeat(x, TIMES: tl.constexpr):
+    """(a, b) to (a, b · TIMES), each column TIMES times."""
+    wide = tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], TIMES))
+    return tl.reshape(wide, (x.shape[0], x.shape[1] * TIMES))
+
+
+@triton.jit
+def _straddling(low, high, shift):
+    """Three bits of two neighbouring 32-bit words, from bit `shift` of the first."""
+    # in two steps, because a shift by 32 is not defined
+    return (low >> shift) | ((high << 1) << (31 - shift))
+
+
+@triton.jit
+def _word(ptr, row, word, stride, mask):
+    return tl.load(ptr + word * stride + row, mask=mask, other=0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _gptq_codes(ptr, row, inside, start, rows, columns, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of codes; zero outside of the matrix."""
+    words = (columns * BITS + 31) // 32
+    i = tl.arange(0, COLUMNS)
+    if BITS == 3:
+        word = (start // 32 + tl.arange(0, COLUMNS // 32))[None, :] * 3
+        first = _repeat(_word(ptr, row, word, rows, inside & (word < words)), 32)
+        second = _repeat(_word(ptr, row, word + 1, rows, inside & (word + 1 < words)), 32)
+        third = _repeat(_word(ptr, row, word + 2, rows, inside & (word + 2 < words)), 32)
+        bit = ((i % 32) * 3)[None, :]
+        low = tl.where(bit < 32, first, tl.where(bit < 64, second, third))
+        found = _straddling(low, tl.where(bit < 32, second, third), (bit % 32).to(tl.uint32))
+    else:
+        per: tl.constexpr = 32 // BITS
+        word = (start // per + tl.arange(0, COLUMNS // per))[None, :]
+        found = _repeat(_word(ptr, row, word, rows, inside & (word < words)), per)
+        found = found >> ((i % per) * BITS)[None, :].to(tl.uint32)
+    return found & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _gptq_grid(scales_ptr, zeros_ptr, row, group, inside, rows, BITS: tl.constexpr, ZERO_BITS: tl.constexpr):
+    """Scales, and minus scale times zero, both exact in float32."""
+    scale = tl.load(scales_ptr + group * rows + row, mask=inside, other=0.0).to(tl.float32)
+    words = (rows * ZERO_BITS + 31) // 32
+    bit = row * ZERO_BITS
+    word, shift = bit // 32, (bit % 32).to(tl.uint32)
+    zero = _word(zeros_ptr, word, group, words, inside)
+    if ZERO_BITS == 3:
+        zero = _straddling(zero, _word(zeros_ptr, word + 1, group, words, inside & (word + 1 < words)), shift)
+    else:
+        zero = zero >> shift
+    zero = (zero & ((1 << ZERO_BITS) - 1)).to(tl.float32) * (1.0 / (1 << (ZERO_BITS - BITS)))
+    return scale, -(scale * zero)
+
+
+@triton.jit
+def _tile(
+    base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns,
+    KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the base in float32; row and inside are (ROWS, 1), start its first column."""
+    column = start + tl.arange(0, COLUMNS)[None, :]
+    place = row.to(tl.int64) * columns + column
+    known = inside & (column < columns)
+    if KIND == "zeros":
+        return tl.zeros(known.shape, tl.float32)
+    elif KIND == "dense":
+        return tl.load(base_ptr + place, mask=known, other=0.0).to(tl.float32)
+    else:
+        unit = start + (tl.arange(0, COLUMNS // UNIT) * UNIT)[None, :]
+        in_units = inside & (unit < columns)
+        if KIND == "gptq":
+            code = _gptq_codes(base_ptr, row, inside, start, rows, columns, BITS, COLUMNS)
+            scale, shift = _gptq_grid(scales_ptr, zeros_ptr, row, unit // GROUP, in_units, rows, BITS, ZERO_BITS)
+            return tl.fma(code.to(tl.float32), _repeat(scale, UNIT), _repeat(shift, UNIT))
+        else:
+            pair = start + (tl.arange(0, COLUMNS // 2) * 2)[None, :]
+            byte = tl.load(base_ptr + (row.to(tl.int64) * columns + pair) // 2, mask=inside & (pair < columns), other=0)
+            code = (_repeat(byte, 2).to(tl.int32) >> (4 - 4 * (column % 2))) & 15
+            scale = tl.load(scales_ptr + (row.to(tl.int64) * columns + unit) // GROUP, mask=in_units, other=0.0)
+            return tl.load(zeros_ptr + code) * _repeat(scale, UNIT)
+
+
+@triton.jit
+def _at(
+    base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns,
+    KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The base at single places, in float32."""
+    place = row.to(tl.int64) * columns + column
+    if KIND == "zeros":
+        return tl.zeros(column.shape, tl.float32)
+    elif KIND == "dense":
+        return tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    elif KIND == "gptq":
+        word, shift = column * BITS // 32, (column * BITS % 32).to(tl.uint32)
+        code = _word(base_ptr, row, word, rows, mask)
+        if BITS == 3:
+            more = _word(base_ptr, row, word + 1, rows, mask & (word + 1 < (columns * BITS + 31) // 32))
+            code = _straddling(code, more, shift)
+        else:
+            code = code >> shift
+        code = (code & ((1 << BITS) - 1)).to(tl.float32)
+        scale, offset = _gptq_grid(scales_ptr, zeros_ptr, row, column // GROUP, mask, rows, BITS, ZERO_BITS)
+        return tl.fma(code, scale, offset)
+    else:
+        byte = tl.load(base_ptr + place // 2, mask=mask, other=0).to(tl.int32)
+        code = (byte >> (4 - 4 * (column % 2))) & 15
+        return tl.load(zeros_ptr + code) * tl.load(scales_ptr + place // GROUP, mask=mask, other=0.0)
+
+
+@triton.jit
+def _entries(values_ptr, columns_ptr, begin, end, start, factor, SLOTS: tl.constexpr):
+    """SLOTS entries of each row from its entry `start` on: which there are, their columns, and their values times the factor."""
+    entry = begin + start + tl.arange(0, SLOTS)[None, :]
+    mask = entry < end
+    column = tl.load(columns_ptr + entry, mask=mask, other=0).to(tl.int32)
+    value = tl.load(values_ptr + entry, mask=mask, other=0.0).to(tl.float32) * factor
+    return mask, column, value
+
+
+@triton.jit
+def _write(
+    weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor, rows, columns, span,
+    KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
+    TILES: tl.constexpr, SPARSE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = row < rows
+    if SPARSE:
+        # the ranges of all rows and spans lie one behind the other
+        range_ptr = starts_ptr + row * tl.num_programs(1) + tl.program_id(1)
+        begin = tl.load(range_ptr, mask=inside, other=0)
+        end = tl.load(range_ptr + 1, mask=inside, other=0)
+        mask, column, value = _entries(values_ptr, columns_ptr, begin, end, 0, factor, SLOTS)
+    if TILES:
+        first = tl.program_id(1) * span
+        for start in tl.range(first, tl.minimum(first + span, columns), COLUMNS, num_stages=STAGES):
+            tile = _tile(
+                base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns,
+                KIND, BITS, ZERO_BITS, GROUP, UNIT, COLUMNS,
+            )  # fmt: skip
+            at = start + tl.arange(0, COLUMNS)[None, :]
+            tile_ptr = weight_ptr + row.to(tl.int64) * columns + at
+            tl.store(tile_ptr, tile.to(weight_ptr.dtype.element_ty), mask=inside & (at < columns))
+    if TILES and SPARSE:
+        tl.debug_barrier()
+    if SPARSE:
+        most = tl.max(end - begin)
+        for start in range(0, most, SLOTS):
+            value += _at(base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns, KIND, BITS, ZERO_BITS, GROUP)
+            entry_ptr = weight_ptr + row.to(tl.int64) * columns + column
+            tl.store(entry_ptr, value.to(weight_ptr.dtype.element_ty), mask=mask)
+            mask, column, value = _entries(values_ptr, columns_ptr, begin, end, start + SLOTS, factor, SLOTS)

@@ -1,0 +1,54 @@
+"""Base plus entries of F in Triton, and a matrix read at F's places; see effective_weight.py.
+
+The first is the kernel of dequantize_triton.py. The second takes some rows a program, whose entries lie side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.dequantize_triton import config_for, launch
+from qwha_cli.kernels.places import Places
+
+_ROWS = 8
+_SLOTS = 64
+
+
+def added(base: Codes | Tensor | None, values: Tensor, places: Places, *, scale: float, dtype: torch.dtype) -> Tensor:
+    """Base + scale · F (out, in), rounded once; without a base, scale · F itself."""
+    weight = torch.empty(places.shape, dtype=dtype, device=values.device)
+    base = base.contiguous() if isinstance(base, Tensor) else base
+    entries = (values.contiguous(), places, scale) if len(places) else None
+    launch(weight, base, entries, config_for(base, places.shape))
+    return weight
+
+
+def gather(matrix: Tensor, places: Places, *, scale: float) -> Tensor:
+    """Scale times the matrix at F's places, float32 (nnz,)."""
+    rows, columns = places.shape
+    found = torch.empty(len(places), dtype=torch.float32, device=matrix.device)
+    _gather[(triton.cdiv(rows, _ROWS),)](
+        matrix.contiguous(), places.row_starts, places.columns, found, scale, rows, columns,
+        ROWS=_ROWS, SLOTS=_SLOTS, num_warps=4,
+    )  # fmt: skip
+    return found
+
+
+@triton.jit
+def _gather(
+    matrix_ptr, starts_ptr, columns_ptr, found_ptr, scale, rows, columns, ROWS: tl.constexpr, SLOTS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    begin = tl.load(starts_ptr + row, mask=row < rows, other=0)
+    end = tl.load(starts_ptr + row + 1, mask=row < rows, other=0)
+    most = tl.max(end - begin)
+    for start in range(0, most, SLOTS):
+        entry = begin + start + tl.arange(0, SLOTS)[None, :]
+        mask = entry < end
+        column = tl.load(columns_ptr + entry, mask=mask, other=0).to(tl.int32)
+        value = tl.load(matrix_ptr + row.to(tl.int64) * columns + column, mask=mask, other=0.0)
+        tl.store(found_ptr + entry, value.to(tl.float32) * scale, mask=mask)
