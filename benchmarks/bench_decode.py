@@ -23,7 +23,8 @@ from bench_quant_matmul import FORMATS, random_layer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from qwha_cli.kernels.quant_matmul import MAX_TOKENS, dense, quant_matmul
+from qwha_cli.kernels.dequantize import dequantize
+from qwha_cli.kernels.quant_matmul import MAX_TOKENS, quant_matmul
 from qwha_cli.kernels.wht import wht
 from qwha_cli.models.random import CONFIGS
 
@@ -50,7 +51,7 @@ class Adapted(nn.Module):
         if z.shape[0] <= MAX_TOKENS:
             y = quant_matmul(z, self.layer.base, places=places, values=values)
         else:
-            weight = dense(self.layer.base, z.dtype)
+            weight = dequantize(self.layer.base, z.dtype)
             if places is not None and values is not None:
                 weight += places.with_values(values).dense(z.dtype)
             y = nn.functional.linear(z, weight)

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.dequantize import dequantize
 from qwha_cli.kernels.places import Places
-from qwha_cli.kernels.quant_matmul import dense, quant_matmul
+from qwha_cli.kernels.quant_matmul import quant_matmul
 from qwha_cli.kernels.quant_matmul_cut import Config, default_config
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.unpack import num_words
@@ -159,7 +160,7 @@ def copies(layer: Layer, device: str) -> list[Layer]:
 
 def checked(layer: Layer, z: Tensor, found: Tensor) -> float:
     """The error's share of the largest output, beside the product in float64."""
-    weight = dense(layer.base, torch.float64)
+    weight = dequantize(layer.base, torch.float64)
     if layer.sparse is not None:
         weight += layer.sparse[0].with_values(layer.sparse[1]).dense(torch.float64)
     wanted = z.double() @ weight.T

@@ -87,7 +87,13 @@ def build_weight(
     else:
         flat = torch.zeros(places.shape[0] * places.shape[1], dtype=dtype, device=values.device)
         spectrum = flat.index_add_(0, places.flat_index, (values * scale).to(dtype)).view(places.shape)
-    return dense_base(base, dtype, backend=backend) + wht(spectrum, transpose=True)
+    dense = dense_base(base, dtype, backend=backend)
+    return wht(spectrum, transpose=True, add=dense, backend=transform_backend(backend))
+
+
+def transform_backend(backend: Requested) -> Requested:
+    """What is asked of the transform where `backend` is asked of a layer: not Triton for sizes that its kernel does not take."""
+    return "torch" if backend == "torch" else "auto"
 
 
 def gather_entries(matrix: Tensor, places: Places, *, scale: float, backend: Requested = "auto") -> Tensor:
@@ -150,6 +156,7 @@ class _EffectiveWeight(torch.autograd.Function):
         dbase = dw.to(ctx.kinds[0]) if ctx.needs_input_grad[0] else None
         dvalues = None
         if ctx.needs_input_grad[1]:
-            found = gather_entries(dw if plain else wht(dw), ctx.places, scale=scale, backend=backend)
+            spectrum = dw if plain else wht(dw, backend=transform_backend(backend))
+            found = gather_entries(spectrum, ctx.places, scale=scale, backend=backend)
             dvalues = found.to(ctx.kinds[1])
         return dbase, dvalues, None, None

@@ -21,8 +21,7 @@ from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize import dense_base
 from qwha_cli.kernels.effective_weight import Basis
-from qwha_cli.kernels.spectral_linear import Keep
-from qwha_cli.kernels.wht import wht
+from qwha_cli.kernels.spectral_linear import Keep, basis_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +92,7 @@ def frozen_linear(
         (..., out), dtype of x; differentiable in x and in the bias.
     """
     with torch.autocast(x.device.type, enabled=False):
-        # outside of the function below, so that layers with the same input can share it
-        z = wht(x) if basis == "hadamard" else x
+        z = basis_input(x, x.dtype, basis=basis, backend=backend)
         result: Tensor = _FrozenLinear.apply(z, None if bias is None else bias.to(x.dtype), base, keep, backend)
     return result
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import Requested, choose
 from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.dequantize import dequantize
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.sparse_matmul import sparse_matmul
-from qwha_cli.kernels.unpack import unpack
 
 OP = "quant_matmul"
 MAX_TOKENS = 16
@@ -65,25 +65,28 @@ def quant_matmul(
         from qwha_cli.kernels import quant_matmul_triton
 
         return quant_matmul_triton.quant_matmul(z, u, base, sparse, scale=scale, bias=bias)
-    result = torch.nn.functional.linear(z, dense(base, z.dtype), None if bias is None else bias.to(z.dtype))
+    result = torch.nn.functional.linear(z, dequantize(base, z.dtype, backend="torch"), None if bias is None else bias.to(z.dtype))
     if sparse is None:
         return result
     return result + sparse_matmul(u, sparse[0].with_values(sparse[1])) * scale
 
 
-def dense(base: Codes, dtype: torch.dtype) -> Tensor:
-    """Q̂ (out, in) in plain torch operations, computed in float32 at least and rounded once to `dtype`."""
-    out_features, in_features = base.shape
-    exact = torch.promote_types(dtype, torch.float32)
-    if base.layout == "nf4":
-        pairs = base.codes.view(-1)
-        codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).view(-1)[: out_features * in_features]
-        blocks = torch.arange(codes.numel(), device=base.device) // base.group_size
-        return (base.zeros.to(exact)[codes.int()] * base.scales.to(exact)[blocks]).view(base.shape).to(dtype)
-    codes = unpack(base.codes.T, bits=base.bits, count=in_features)
-    zeros = unpack(base.zeros, bits=base.zero_bits, count=out_features).T.to(exact) / (1 << (base.zero_bits - base.bits))
-    centred = codes.reshape(out_features, -1, base.group_size).to(exact) - zeros.unsqueeze(-1)
-    return (centred * base.scales.T.to(exact).unsqueeze(-1)).view(base.shape).to(dtype)
+def suits(x: Tensor, base: Codes | Tensor, dtype: torch.dtype, backend: Requested) -> bool:
+    """Whether a layer does well to compute this way: few tokens, codes, no gradient wanted, and the Triton kernel there.
+
+    Args:
+        x: (..., in), the layer's input.
+        base: Its base.
+        dtype: In which it computes.
+        backend: What is asked of the layer.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and isinstance(base, Codes)
+        and 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
+        and _lacking(dtype, base) is None
+        and choose(backend, op=OP, device=x.device).name == "triton"
+    )
 
 
 def _check(

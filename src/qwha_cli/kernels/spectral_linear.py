@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.codes import Codes
-from qwha_cli.kernels.effective_weight import Basis, Transform, build_weight, check_shapes, gather_entries
+from qwha_cli.kernels.effective_weight import Basis, Transform, build_weight, check_shapes, gather_entries, transform_backend
 from qwha_cli.kernels.places import Places
+from qwha_cli.kernels.shared_wht import shared_wht
 from qwha_cli.kernels.wht import wht
 
 Keep = Literal["memory", "speed"]
@@ -65,21 +66,26 @@ def spectral_linear(
         raise KernelError("the identity transform has no Hadamard basis", remedy="use basis weight or transform wht")
     if x.shape[-1] != places.shape[1]:
         raise KernelError(f"x has {x.shape[-1]} columns, the weight has {places.shape[1]}")
-    x = autocasted(x)
-    bias = bias.to(x.dtype) if bias is not None else None
+    dtype = computing_dtype(x)
+    bias = bias.to(dtype) if bias is not None else None
     with torch.autocast(x.device.type, enabled=False):
-        z = wht(x) if basis == "hadamard" else x
+        z = basis_input(x, dtype, basis=basis, backend=backend)
         how = (scale, basis == "hadamard" or transform == "identity", keep, backend)
         result: Tensor = _SpectralLinear.apply(z, values, bias, base, places, how)
     return result
 
 
-def autocasted(x: Tensor) -> Tensor:
-    """X in the dtype in which a layer computes: autocast's where it is on; autocast leaves float64 alone everywhere."""
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer computes: autocast's where it is on, else that of x; autocast leaves float64 alone."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def basis_input(x: Tensor, dtype: torch.dtype, *, basis: Basis, backend: Requested = "auto") -> Tensor:
+    """What multiplies a weight in a basis: x or x H (..., in), of `dtype`. Layers with one input share its transform."""
+    return shared_wht(x, dtype=dtype, backend=transform_backend(backend)) if basis == "hadamard" else x.to(dtype)
 
 
 class _SpectralLinear(torch.autograd.Function):
@@ -125,16 +131,16 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
         # freed before the values' gradient, which is as large
         del weight
     if ctx.needs_input_grad[1]:
-        spectrum = _spectrum_gradient(rows, z.reshape(-1, z.shape[-1]), plain=plain)
+        spectrum = _spectrum_gradient(rows, z.reshape(-1, z.shape[-1]), plain=plain, backend=transform_backend(backend))
         dvalues = gather_entries(spectrum, ctx.places, scale=scale, backend=backend).to(values.dtype)
     if ctx.needs_input_grad[2]:
         dbias = rows.sum(dim=0)
     return dz, dvalues, dbias
 
 
-def _spectrum_gradient(dy: Tensor, z: Tensor, *, plain: bool) -> Tensor:
+def _spectrum_gradient(dy: Tensor, z: Tensor, *, plain: bool, backend: Requested) -> Tensor:
     """Gradient dF / s (out, in) from dy (tokens, out) and z (tokens, in), the inputs in the base's basis."""
     if plain:
         return dy.mT @ z
     # (dyᵀ x) H = dyᵀ (x H): transform whichever has fewer rows
-    return dy.mT @ wht(z) if dy.shape[0] < dy.shape[1] else wht(dy.mT @ z)
+    return dy.mT @ wht(z, backend=backend) if dy.shape[0] < dy.shape[1] else wht(dy.mT @ z, backend=backend)

@@ -19,7 +19,8 @@ from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize import dequantize
 from qwha_cli.kernels.low_rank import frozen_linear
-from qwha_cli.kernels.wht import wht
+from qwha_cli.kernels.quant_matmul import quant_matmul, suits
+from qwha_cli.kernels.spectral_linear import basis_input, computing_dtype
 from qwha_cli.quant.layout import NAMES
 from qwha_cli.quant.packed import Basis, PackedWeight, QuantFormat, check_group
 
@@ -140,15 +141,17 @@ class QuantizedLinear(nn.Module):
         Returns:
             (..., out), dtype of x, or of autocast where it is on.
         """
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        if torch.is_grad_enabled() and x.requires_grad:
-            # autograd by itself would keep the dense weight of every layer
-            return frozen_linear(x, base=self.operand(x.dtype), basis=self.basis, bias=self.bias, backend=self.backend)
-        z = wht(x) if self.basis == "hadamard" else x
-        bias = None if self.bias is None else self.bias.to(z.dtype)
-        return F.linear(z, self.dense(z.dtype), bias)
+        dtype = computing_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            base = self.operand(dtype)
+            if torch.is_grad_enabled() and x.requires_grad:
+                # autograd by itself would keep the dense weight of every layer
+                return frozen_linear(x.to(dtype), base=base, basis=self.basis, bias=self.bias, backend=self.backend)
+            z = basis_input(x, dtype, basis=self.basis, backend=self.backend)
+            if isinstance(base, Codes) and suits(x, base, dtype, self.backend):
+                y = quant_matmul(z.reshape(-1, self.in_features), base, bias=self.bias, backend=self.backend)
+                return y.view(*x.shape[:-1], self.out_features)
+            return F.linear(z, self.dense(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def extra_repr(self) -> str:
         """Sizes and format, for print(model)."""

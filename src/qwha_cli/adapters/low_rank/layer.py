@@ -22,7 +22,7 @@ from qwha_cli.adapters.adapted_linear import AdaptedLinear
 from qwha_cli.adapters.base_layer import device_of
 from qwha_cli.errors import ArtifactError, UsageError
 from qwha_cli.kernels.low_rank import LowRank, frozen_linear
-from qwha_cli.kernels.spectral_linear import autocasted
+from qwha_cli.kernels.spectral_linear import basis_input, computing_dtype
 from qwha_cli.kernels.wht import wht
 
 
@@ -124,7 +124,7 @@ class LowRankLinear(AdaptedLinear, LoraLayer):
         names = self._in_use()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        x = autocasted(x)
+        x = x.to(computing_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
             if self._caching and not self.training and not (torch.is_grad_enabled() and self._trainable(names)):
                 return self._forward_cached(x, names)
@@ -147,7 +147,8 @@ class LowRankLinear(AdaptedLinear, LoraLayer):
         sources = [factor for name in names for factor in (self._a(name), self._b(name))]
         weight = self._weights.get((x.dtype, names), sources, lambda: self._effective(names, x.dtype))
         bias = self.base_layer.bias
-        return F.linear(wht(x) if self.basis == "hadamard" else x, weight, None if bias is None else bias.to(x.dtype))
+        z = basis_input(x, x.dtype, basis=self.basis, backend=self.backend)
+        return F.linear(z, weight, None if bias is None else bias.to(x.dtype))
 
     def _effective(self, names: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         """Base plus adapters (out, in) in the base's basis, rounded once."""

@@ -22,11 +22,13 @@ from qwha_cli.adapters.base_layer import device_of
 from qwha_cli.adapters.derived import Derived
 from qwha_cli.adapters.spectral.config import Sizes
 from qwha_cli.errors import ArtifactError, KernelError
+from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.effective_weight import Transform, effective_weight
 from qwha_cli.kernels.gaps import UNFILLED, decode_gaps, encode_gaps
 from qwha_cli.kernels.places import Places
+from qwha_cli.kernels.quant_matmul import quant_matmul, suits
 from qwha_cli.kernels.sparse_matmul import SparseRows
-from qwha_cli.kernels.spectral_linear import autocasted, spectral_linear
+from qwha_cli.kernels.spectral_linear import basis_input, computing_dtype, spectral_linear
 from qwha_cli.kernels.wht import wht
 
 
@@ -168,14 +170,17 @@ class SpectralLinear(AdaptedLinear):
         if mixed or (transform == "identity" and self.basis == "hadamard"):
             # no single form: the base in one basis, an adapter in another
             return self.base_layer(x, *args, **kwargs) + F.linear(x, self._delta(names).to(x.dtype))
-        x = autocasted(x)
+        dtype = computing_dtype(x)
         if self._caching and not self.training and not (torch.is_grad_enabled() and self._trainable(names)):
-            return self._forward_cached(x, names, transform)
+            return self._forward_cached(x, names, transform, dtype)
+        base = self._base(dtype)
+        if isinstance(base, Codes) and suits(x, base, dtype, self.backend):
+            return self._forward_few(x, names, transform, base, dtype)
         values, places, scale = self._combined(names)
         return spectral_linear(
             x,
             values,
-            base=self._base(x.dtype),
+            base=base,
             places=places,
             basis=self.basis,
             scale=scale,
@@ -185,13 +190,34 @@ class SpectralLinear(AdaptedLinear):
             backend=self.backend,
         )
 
-    def _forward_cached(self, x: Tensor, names: tuple[str, ...], transform: Transform) -> Tensor:
+    def _forward_few(self, x: Tensor, names: tuple[str, ...], transform: Transform, base: Codes, dtype: torch.dtype) -> Tensor:
+        """A few tokens while generating: straight from the codes."""
+        values, places, scale = self._combined(names)
+        with torch.autocast(x.device.type, enabled=False):
+            z = basis_input(x, dtype, basis=self.basis, backend=self.backend).reshape(-1, self.in_features)
+            spectral = z
+            if self.basis == "weight" and transform == "wht":
+                spectral = basis_input(x, dtype, basis="hadamard", backend=self.backend).reshape(-1, self.in_features)
+            y = quant_matmul(
+                z,
+                base,
+                places=places,
+                values=values,
+                scale=scale,
+                sparse_input=spectral,
+                bias=self.bias,
+                backend=self.backend,
+            )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _forward_cached(self, x: Tensor, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
         # the same steps as in spectral_linear, so that the result is the same to the bit
         sources = [self.qwha_values[name] for name in names]
         with torch.autocast(x.device.type, enabled=False):
-            weight = self._weights.get((x.dtype, names), sources, lambda: self._effective(names, transform, x.dtype))
+            weight = self._weights.get((dtype, names), sources, lambda: self._effective(names, transform, dtype))
             bias = cast("Tensor | None", self.bias)
-            return F.linear(wht(x) if self.basis == "hadamard" else x, weight, None if bias is None else bias.to(x.dtype))
+            z = basis_input(x, dtype, basis=self.basis, backend=self.backend)
+            return F.linear(z, weight, None if bias is None else bias.to(dtype))
 
     def _effective(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
         values, places, scale = self._combined(names)
