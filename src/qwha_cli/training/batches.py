@@ -64,12 +64,7 @@ class Batches:
         rank: int,
         ranks: int,
     ) -> None:
-        if batch_size % ranks:
-            raise UsageError(
-                f"a batch of {batch_size} sequences cannot be split evenly among {ranks} processes",
-                where="train.batch_size",
-                remedy=f"set train.batch_size to a multiple of {ranks}, or start another number of processes",
-            )
+        check_split(batch_size, ranks=ranks)
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.seed = seed
@@ -100,6 +95,20 @@ class Batches:
         if packed:
             return packed_batch(packed, pad_id=self.pad_id)
         return pad_batch([row for row in rows if isinstance(row, Encoded)], pad_id=self.pad_id)
+
+
+def check_split(batch_size: int, *, ranks: int) -> None:
+    """Refuse a batch that does not divide evenly: every rank's mean would weigh its examples differently.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if batch_size % ranks:
+        raise UsageError(
+            f"a batch of {batch_size} sequences cannot be split evenly among {ranks} processes",
+            where="train.batch_size",
+            remedy=f"set train.batch_size to a multiple of {ranks}, or start another number of processes",
+        )
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,20 +12,28 @@ import contextlib
 import math
 import resource
 from collections.abc import Generator, Mapping, Sequence
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.tokenize import Encoded
-from qwha_cli.errors import ResourceError, UsageError
+from qwha_cli.errors import RanksError, ResourceError, UsageError
 from qwha_cli.models.token_loss import count_labelled, token_losses
 from qwha_cli.training.batches import StepBatches
 from qwha_cli.training.optim import build_optimizer, restore_tensors, set_learning_rate, trained_parameters, training_tensors
 from qwha_cli.training.precision import autocasting, choose_precision
 from qwha_cli.training.settings import TrainSettings
+
+# Longer than any step or checkpoint, and short enough that a machine that is gone is noticed.
+_TIMEOUT = timedelta(minutes=10)
+# Adapters have a few hundred tensors of some hundred thousand values. Buckets of 25 MB (torch's default) leave a dozen exchanges,
+# all but the last of which run beside the backward pass.
+_BUCKET_MB = 25
 
 
 class Engine:
@@ -42,9 +50,13 @@ class Engine:
 
     def __init__(self, model: nn.Module, *, settings: TrainSettings) -> None:
         device = next(model.parameters()).device
-        # DDP would send every buffer (the packed base!) from rank 0 before each forward; they are equal and frozen.
-        handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-        self.accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False, kwargs_handlers=handlers)
+        # "no": what `accelerate launch` was configured with must not put an autocast of its own around ours
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            device_placement=False,
+            mixed_precision="no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+        )
         self.ranks: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device if self.ranks > 1 else device
@@ -72,7 +84,7 @@ class Engine:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
         self.model.train()
         if self.ranks > 1:
-            self.wrapped = self.accelerator.prepare_model(self.model, device_placement=False)
+            self.wrapped = self._distributed()
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 yield
@@ -81,6 +93,22 @@ class Engine:
                 base.gradient_checkpointing_disable()  # pyright: ignore
             self.optimizer.zero_grad(set_to_none=True)
             self.model.eval()
+
+    def _distributed(self) -> DistributedDataParallel:
+        """The model under DDP, by hand: accelerate would take bucket sizes and more from its own configuration."""
+        names = {name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        # frozen and equal: sending the packed base from rank 0, at the start and before each forward, would only cost time
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # pyright: ignore[reportPrivateUsage]
+            self.model, [name for name in names if name not in self.parameters]
+        )
+        with self._explained():
+            return DistributedDataParallel(
+                self.model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,  # else every gradient exists twice
+                bucket_cap_mb=_BUCKET_MB,
+            )
 
     def gradient(self, batches: StepBatches) -> tuple[float, float, int]:
         """Accumulate a step's gradient over its forwards and the ranks, and clip it.
@@ -96,10 +124,12 @@ class Engine:
         # DDP averages gradients over the ranks, while the mean over tokens wants their sum.
         factor = self.ranks / answers_in_all
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with self._memory_guard():
+        with self._explained():
             for number, forward in enumerate(batches.forwards, start=1):
-                exchange = number == len(batches.forwards) or self.ranks == 1
-                with contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.wrapped):
+                last = number == len(batches.forwards)
+                # the ranks exchange gradients once a step, however many forwards it has
+                alone = isinstance(self.wrapped, DistributedDataParallel) and not last
+                with self.wrapped.no_sync() if alone else contextlib.nullcontext():  # pyright: ignore
                     with autocasting(self.precision.autocast, device=self.device):
                         loss = token_losses(self.wrapped, self._on_device(forward)).losses.sum()
                     (loss * factor).backward()
@@ -111,7 +141,7 @@ class Engine:
     def update(self, lr: float) -> None:
         """Take an optimizer step along the accumulated gradient and forget it."""
         set_learning_rate(self.optimizer, lr)
-        with self._memory_guard():
+        with self._explained():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -122,7 +152,7 @@ class Engine:
         mine = sorted(encoded, key=lambda example: len(example.input_ids))[self.rank :: self.ranks]
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.model.eval()
-        with torch.no_grad(), self._memory_guard(), autocasting(self.precision.autocast, device=self.device):
+        with torch.no_grad(), self._explained(), autocasting(self.precision.autocast, device=self.device):
             for start in range(0, len(mine), size):
                 batch = self._on_device(pad_batch(mine[start : start + size], pad_id=self.settings.pad_id))
                 losses = token_losses(self.model, batch).losses.double()
@@ -146,7 +176,8 @@ class Engine:
 
     def wait(self) -> None:
         """Let every rank come to this place."""
-        self.accelerator.wait_for_everyone()
+        with self._explained():
+            self.accelerator.wait_for_everyone()
 
     def peak_gib(self) -> float:
         """Most memory held so far: allocated on a CUDA device, else resident in this process."""
@@ -161,16 +192,24 @@ class Engine:
         if self.ranks == 1:
             return tensor
         tensor = tensor.to(self.device)
-        torch.distributed.all_reduce(tensor)
+        with self._explained():
+            torch.distributed.all_reduce(tensor)
         return tensor
 
     @contextlib.contextmanager
-    def _memory_guard(self) -> Generator[None]:
+    def _explained(self) -> Generator[None]:
+        """Turn what memory and lost processes look like in torch into errors for people."""
         try:
             yield
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             # torch's CPU allocator has no error class of its own
             known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+            if self.ranks > 1 and _lost_contact(error):
+                raise RanksError(
+                    f"process {self.rank} lost contact with the others",
+                    where="train",
+                    remedy="see what ended them; checkpoints are kept, and the same command continues",
+                ) from error
             if not known:
                 raise
             cause = (str(error) or "out of memory").splitlines()[0]
@@ -180,3 +219,11 @@ class Engine:
                 remedy="lower train.batch_size (raise train.accumulation to keep the step), set train.checkpointing=true, "
                 "or lower train.max_length; checkpoints are kept",
             ) from error
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone; gloo has no error class of its own for that."""
+    kinds = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
+    return isinstance(error, kinds) or any(
+        word in str(error) for word in ("gloo/", "onnection closed by peer", "onnection reset")
+    )
