@@ -1,8 +1,8 @@
 """Where every error of a command ends: a few lines on stderr, one object on stdout with `--json`, and the right exit code.
 
 Expected failures (QwhaError) show cause and remedy. Anything else is a bug of ours and says so. A traceback is shown with
-`--debug` only. Errors of the command line itself (unknown option, missing argument) are Typer's and exit with 2. Of several processes
-that train together, the one that fails first speaks, and the others leave in silence with its exit code or their own.
+`--debug` only. Errors of the command line itself (unknown option, missing argument) are Typer's and exit with 2. Of several
+processes that train together, the one that fails first speaks, and the others leave in silence.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from qwha_cli.stages.device import device_of_rank, devices_of_stage
 from qwha_cli.stages.events import Events
 from qwha_cli.stages.plan import PlannedStage, ancestors, plan
 from qwha_cli.stages.ranks import Ranks, own_ranks
+from qwha_cli.stages.spread import release
 from qwha_cli.stages.table import build_table
 
 _RUN: Mapping[str, Callable[[StageContext], dict[str, object]]] = {
@@ -188,6 +189,7 @@ class _Session:
         self.interruption.graceful = stage.stage == "train"
         results = _RUN[stage.stage](context)
         self.interruption.graceful = False
+        release(self.devices)
         return results
 
 
