@@ -191,4 +191,4 @@ def _end_children() -> None:
     """End the processes that are still there after a second Ctrl-C; without /proc they are left to torchrun."""
     with contextlib.suppress(OSError, ValueError):
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split():
-            os.kill(int(child), signal.SIGTERM)
+            os.kill(int(child), signal.SIGKILL)

@@ -13,8 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwha_cli.errors import UsageError
+
 FAILURE_FILE = "QWHA_FAILURE_FILE"
 """Environment variable: set for the processes that `qwha --gpus` starts."""
+_FOREIGN = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+}
 # how long one that lost contact waits for the message of the one that it lost
 _PATIENCE_S = 3.0
 
@@ -30,6 +37,7 @@ class Ranks:
         local_size: Processes on this machine.
         failure: Where the first failure is written; None for a process by itself.
         ours: Whether `qwha --gpus` started it, and not somebody's own torchrun.
+        shard: Whether the packed base is to be split over the processes: accelerate's word for it is FSDP.
     """
 
     rank: int = 0
@@ -38,6 +46,7 @@ class Ranks:
     local_size: int = 1
     failure: Path | None = None
     ours: bool = False
+    shard: bool = False
 
     @property
     def first(self) -> bool:
@@ -84,4 +93,25 @@ def own_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
         local_size=int(env.get("LOCAL_WORLD_SIZE", size)),
         failure=failure if size > 1 else None,
         ours=ours,
+        shard=_on(env, "ACCELERATE_USE_FSDP"),
     )
+
+
+def check_launcher(environment: Mapping[str, str] | None = None) -> None:
+    """Refuse ways to spread a model that accelerate can be configured for, and that a packed base does not have.
+
+    Raises:
+        UsageError: One of them is configured.
+    """
+    env = os.environ if environment is None else environment
+    for variable, name in _FOREIGN.items():
+        if _on(env, variable):
+            raise UsageError(
+                f"accelerate is configured for {name}, which cannot spread a packed base",
+                where="accelerate launch",
+                remedy="use one of configs/accelerate/: ddp (the base whole on each GPU) or fsdp (its codes split over them)",
+            )
+
+
+def _on(environment: Mapping[str, str], variable: str) -> bool:
+    return environment.get(variable, "").lower() in ("1", "true", "yes", "on")

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -33,8 +30,9 @@ from qwha_cli.stages.agreement import Agreement
 from qwha_cli.stages.context import StageContext
 from qwha_cli.stages.device import device_of_rank, devices_of_stage
 from qwha_cli.stages.events import Events
+from qwha_cli.stages.interruption import Interruption, interruptible
 from qwha_cli.stages.plan import PlannedStage, ancestors, plan
-from qwha_cli.stages.ranks import Ranks, own_ranks
+from qwha_cli.stages.ranks import Ranks, check_launcher, own_ranks
 from qwha_cli.stages.spread import release
 from qwha_cli.stages.table import build_table
 
@@ -129,6 +127,7 @@ def run_stages(
     options = options or RunOptions()
     planned = plan(recipe, root=root)
     wanted = list(planned) if until is None else ancestors(planned, until)
+    check_launcher()
     ranks = own_ranks()
     device = device_of_rank(recipe.model.device, ranks)
     devices = devices_of_stage(device, gpus=options.gpus, ranks=ranks)
@@ -137,7 +136,7 @@ def run_stages(
         if ranks.first:
             stack.enter_context(locked(root))
             write_atomically(root / "recipe.resolved.yaml", recipe.to_yaml())
-        interruption = stack.enter_context(_interruptible(ranks))
+        interruption = stack.enter_context(interruptible(ranks))
         session = _Session(recipe, planned, devices, events, interruption, options, ranks, Agreement(ranks))
         for name in wanted:
             if ranks.first:
@@ -158,7 +157,7 @@ class _Session:
     planned: Mapping[str, PlannedStage]
     devices: tuple[torch.device, ...]
     events: Events
-    interruption: _Interruption
+    interruption: Interruption
     options: RunOptions
     ranks: Ranks
     agreement: Agreement
@@ -309,39 +308,3 @@ def _explained_memory(stage: str) -> Generator[None]:
         raise ResourceError(
             f"{place} ran out of memory: {str(error).splitlines()[0]}", where=stage, remedy=remedies[stage]
         ) from error
-
-
-class _Interruption:
-    """Whether the user asked to stop (Ctrl-C, or a scheduler's SIGTERM).
-
-    While training runs, the first request only raises this flag: the loop finishes its step, saves, and leaves. A second one, or
-    any outside training, raises KeyboardInterrupt at once.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.graceful = False
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked or not self.graceful:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-@contextlib.contextmanager
-def _interruptible(ranks: Ranks) -> Generator[_Interruption]:
-    interruption = _Interruption()
-    # `qwha --gpus` sends the user's wish as SIGINT, so SIGTERM means that another process failed: end at once, even within NCCL
-    signals = (signal.SIGINT,) if ranks.ours else (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield interruption  # signals belong to the main thread; a library user's thread does without
-        return
-    previous = [signal.signal(number, interruption.handle) for number in signals]
-    try:
-        yield interruption
-    finally:
-        for number, handler in zip(signals, previous, strict=True):
-            signal.signal(number, handler)

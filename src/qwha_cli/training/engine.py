@@ -15,19 +15,19 @@ from collections.abc import Generator, Mapping, Sequence
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.tokenize import Encoded
 from qwha_cli.errors import RanksError, ResourceError, UsageError
-from qwha_cli.models.token_loss import count_labelled, token_losses
+from qwha_cli.models.token_loss import token_losses
 from qwha_cli.training.batches import StepBatches
 from qwha_cli.training.optim import build_optimizer, restore_tensors, set_learning_rate, trained_parameters, training_tensors
 from qwha_cli.training.precision import autocasting, choose_precision
 from qwha_cli.training.settings import TrainSettings
+from qwha_cli.training.sharded_base import ShardedBase
 
 # Longer than any step or checkpoint, and short enough that a machine that is gone is noticed.
 _TIMEOUT = timedelta(minutes=10)
@@ -41,7 +41,7 @@ class Engine:
 
     Args:
         model: A causal language model of transformers, usually under peft. Stays on its device if there is one process;
-            of several, each moves it to its own.
+            of several, each moves it to its own. On the CPU, if its packed base is to be split over the ranks.
         settings: How to train.
 
     Raises:
@@ -50,16 +50,15 @@ class Engine:
 
     def __init__(self, model: nn.Module, *, settings: TrainSettings) -> None:
         device = next(model.parameters()).device
-        # "no": what `accelerate launch` was configured with must not put an autocast of its own around ours
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu",
-            device_placement=False,
-            mixed_precision="no",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
-        )
-        self.ranks: int = self.accelerator.num_processes
-        self.rank: int = self.accelerator.process_index
-        self.device: torch.device = self.accelerator.device if self.ranks > 1 else device
+        target = settings.shard_on or device
+        # its state alone: an Accelerator would wrap model and arithmetic by what `accelerate launch` was configured with
+        self.state = PartialState(cpu=target.type == "cpu", timeout=_TIMEOUT)
+        self.ranks: int = self.state.num_processes
+        self.rank: int = self.state.process_index
+        self.device: torch.device = (self.state.device or target) if self.ranks > 1 else target
+        self._sharded: ShardedBase | None = None
+        if settings.shard_on is not None and self.ranks > 1:
+            self._sharded = ShardedBase(_bare(model), rank=self.rank, ranks=self.ranks, device=self.device)
         self.model = model.to(self.device)
         self.wrapped: nn.Module = model
         self.settings = settings
@@ -77,8 +76,7 @@ class Engine:
 
         The caller's random state is left as it was.
         """
-        get_base_model = getattr(self.model, "get_base_model", None)
-        base = get_base_model() if callable(get_base_model) else self.model
+        base = _bare(self.model)
         if self.settings.checkpointing:
             # the re-entrant form would need a gradient on the frozen embeddings' output
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
@@ -93,6 +91,8 @@ class Engine:
                 base.gradient_checkpointing_disable()  # pyright: ignore
             self.optimizer.zero_grad(set_to_none=True)
             self.model.eval()
+            if self._sharded is not None:
+                self._sharded.end()
 
     def _distributed(self) -> DistributedDataParallel:
         """The model under DDP, by hand: accelerate would take bucket sizes and more from its own configuration."""
@@ -119,10 +119,8 @@ class Engine:
         Raises:
             ResourceError: The device's memory is too small.
         """
-        answers = sum(count_labelled(forward["labels"]) for forward in batches.forwards)
-        answers_in_all, tokens = (int(n) for n in self._sum(torch.tensor([answers, batches.tokens])))
         # DDP averages gradients over the ranks, while the mean over tokens wants their sum.
-        factor = self.ranks / answers_in_all
+        factor = self.ranks / batches.answers
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._explained():
             for number, forward in enumerate(batches.forwards, start=1):
@@ -136,7 +134,7 @@ class Engine:
                 total += loss.detach().double()
             clip = self.settings.clip if self.settings.clip is not None else math.inf
             norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)
-        return float(self._sum(total)) / answers_in_all, float(norm), tokens
+        return float(self._sum(total)) / batches.answers, float(norm), batches.tokens
 
     def update(self, lr: float) -> None:
         """Take an optimizer step along the accumulated gradient and forget it."""
@@ -149,7 +147,8 @@ class Engine:
         """The mean loss a token over examples, nats, without gradient, in the training's arithmetic; the ranks share the work."""
         size = max(1, self.settings.batch_size // self.ranks)
         # similar lengths side by side waste the least padding
-        mine = sorted(encoded, key=lambda example: len(example.input_ids))[self.rank :: self.ranks]
+        ordered = sorted(encoded, key=lambda example: len(example.input_ids))
+        mine = ordered[self.rank :: self.ranks]
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.model.eval()
         with torch.no_grad(), self._explained(), autocasting(self.precision.autocast, device=self.device):
@@ -158,6 +157,11 @@ class Engine:
                 losses = token_losses(self.model, batch).losses.double()
                 sums[0] += losses.sum()
                 sums[1] += losses.numel()
+            if self._sharded is not None:
+                # whoever has fewer batches still has to give the others its part of every block
+                most = -(-len(ordered[:: self.ranks]) // size)
+                for _ in range(most - -(-len(mine) // size)):
+                    token_losses(self.model, self._on_device(pad_batch(ordered[:1], pad_id=self.settings.pad_id)))
         self.model.train()
         total, count = self._sum(sums).tolist()
         return total / max(1.0, count)
@@ -177,7 +181,7 @@ class Engine:
     def wait(self) -> None:
         """Let every rank come to this place."""
         with self._explained():
-            self.accelerator.wait_for_everyone()
+            self.state.wait_for_everyone()
 
     def peak_gib(self) -> float:
         """Most memory held so far: allocated on a CUDA device, else resident in this process."""
@@ -219,6 +223,12 @@ class Engine:
                 remedy="lower train.batch_size (raise train.accumulation to keep the step), set train.checkpointing=true, "
                 "or lower train.max_length; checkpoints are kept",
             ) from error
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model of transformers in a peft model."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model  # pyright: ignore[reportReturnType]
 
 
 def _lost_contact(error: BaseException) -> bool:
