@@ -182,3 +182,28 @@ def test_an_error_of_all_ranks_is_told_once(runs: Path) -> None:
     assert len(messages(err)) == 1, err
     assert "raise train.max_length" in err
     assert "Traceback" not in err
+
+
+def test_a_base_split_over_the_processes_trains_to_the_same_bits_under_accelerate(runs: Path, tmp_path: Path) -> None:
+    configs = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
+    found = {}
+    # two validations of three examples: ranks with unlike numbers of batches
+    words = ("train.validation.examples=3", "train.validation.every=3", "model.device=cpu")
+    for name in ("ddp", "fsdp"):
+        output = Path(shutil.copytree(runs, tmp_path / name))
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(configs / f"{name}.yaml")]
+        command = [*launcher, "-m", "qwha_cli", "train", "tiny-random", f"output={output}", EXACT, *words]
+        done = subprocess.run([sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "training on 2 processes" in done.stderr
+        assert ("the packed base is split" in done.stderr) == (name == "fsdp")
+        found[name] = (output / "tiny-random" / "3-train" / "adapter_model.safetensors").read_bytes()
+    assert found["ddp"] == found["fsdp"]
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp", "multi-node"])
+def test_accelerates_configurations_are_configurations_of_accelerate(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(Path(__file__).resolve().parents[2] / "configs" / "accelerate" / f"{name}.yaml"))
+    assert config.mixed_precision == "no"

@@ -1,8 +1,8 @@
 """Whether the user asked to stop: Ctrl-C, or a scheduler's SIGTERM.
 
 While training runs, a request only raises a flag: the loop finishes its step, saves, and leaves. A second one, or any outside
-training, ends the process at once. A process that `qwha --gpus` started may be told twice, by the scheduler and by its parent: it is
-the parent that ends it, when the user insists.
+training, ends the process at once. A process that `qwha --gpus` started may be told twice, by the scheduler and by its parent: it
+is the parent that ends it, when the user insists.
 """
 
 from __future__ import annotations
