@@ -108,6 +108,12 @@ class ResourceError(QwhaError):
     code = "resource"
 
 
+class RanksError(QwhaError):
+    """Another of the processes that train together is gone."""
+
+    code = "ranks"
+
+
 class GateError(QwhaError):
     """A measured result is worse than the recipe or the method allows."""
 

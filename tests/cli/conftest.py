@@ -17,6 +17,7 @@ class FakeOptions:
     force: tuple[str, ...] = ()
     deep_verify: bool = False
     resume: bool = True
+    gpus: int | None = None
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def test_force_and_verify_reach_the_runner(runner: Any) -> None:
 
 def test_under_torchrun_only_the_first_rank_speaks(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     done = qwha("run", "tiny-random", "--json")
     assert (done.exit_code, done.output) == (0, "")
     assert runner.reports == []

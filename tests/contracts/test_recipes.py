@@ -100,5 +100,6 @@ def test_the_papers_learning_rates_are_those_of_its_tables() -> None:
 def test_every_piece_is_extended_by_a_recipe() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in FILES)
     pieces = list_pieces()
-    assert len(pieces) == len(list((ROOT / "configs").rglob("*.yaml")))
+    on_disk = [path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate"]
+    assert len(pieces) == len(on_disk)
     assert [piece for piece in pieces if f"- {piece}\n" not in text] == []

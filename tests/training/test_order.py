@@ -50,7 +50,7 @@ def test_ranks_share_out_exactly_the_batch_of_one_process() -> None:
         for number, forward in enumerate(whole.forwards):
             joined = torch.cat([part.forwards[number]["input_ids"] for part in parts])
             assert torch.equal(joined, forward["input_ids"])
-        assert sum(part.tokens for part in parts) == whole.tokens == 16
+        assert {part.tokens for part in parts} == {whole.tokens} == {16}
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:

@@ -1,7 +1,8 @@
 """Where every error of a command ends: a few lines on stderr, one object on stdout with `--json`, and the right exit code.
 
 Expected failures (QwhaError) show cause and remedy. Anything else is a bug of ours and says so. A traceback is shown with
-`--debug` only. Errors of the command line itself (unknown option, missing argument) are Typer's and exit with 2.
+`--debug` only. Errors of the command line itself (unknown option, missing argument) are Typer's and exit with 2. Of several
+processes that train together, the one that fails first speaks, and the others leave in silence.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from rich.console import Console
 from rich.text import Text
 
 from qwha_cli.cli.output import print_json
-from qwha_cli.errors import Interrupted, QwhaError, RecipeError, ResourceError
+from qwha_cli.errors import Interrupted, QwhaError, RanksError, RecipeError, ResourceError
+from qwha_cli.stages.ranks import own_ranks
 
 P = ParamSpec("P")
 
@@ -41,7 +43,11 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except (Exception, KeyboardInterrupt) as error:
             if kwargs.get("debug"):
                 traceback.print_exc(file=sys.stderr)
-            report(explain(error), as_json=bool(kwargs.get("as_json")))
+            told = explain(error)
+            # whoever lost contact with another process lets that one speak
+            if not own_ranks().claim_failure(as_object(told), patient=isinstance(told, RanksError)):
+                raise typer.Exit(told.exit_code) from error
+            report(told, as_json=bool(kwargs.get("as_json")))
 
     return run
 

@@ -23,6 +23,7 @@ from qwha_cli.cli.tables import worst_quantized_table
 from qwha_cli.recipe.load import display_name
 from qwha_cli.report.initialisation import Initialisation, initialisation
 from qwha_cli.report.layers import finite_number
+from qwha_cli.stages.ranks import own_ranks
 
 # Of a stage's results, what its closing line says. Init's errors stand in lines of their own.
 HEADLINES: Mapping[str, tuple[str, ...]] = {
@@ -62,7 +63,7 @@ class StepReading(Protocol):
 
 def is_first_rank() -> bool:
     """Say whether this process speaks for the run: the only one, or the first under torchrun."""
-    return os.environ.get("RANK", "0") == "0"
+    return own_ranks().first
 
 
 def stderr_console() -> Console:

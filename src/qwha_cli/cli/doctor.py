@@ -89,6 +89,20 @@ def check_devices() -> Iterator[Check]:
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         yield Check(f"cuda:{index}", "ok", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    if torch.cuda.device_count() > 1:
+        yield check_nccl()
+
+
+def check_nccl() -> Check:
+    """Say whether torch was built with NCCL, through which several GPUs train together."""
+    import torch
+    import torch.cuda.nccl
+
+    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
+        found = "not in this build of torch: several GPUs cannot train together"
+        return Check("nccl", "warning", found, "install torch with CUDA from pytorch.org")
+    version = ".".join(str(part) for part in torch.cuda.nccl.version())
+    return Check("nccl", "ok", f"{version}: `qwha train --gpus {torch.cuda.device_count()}`")
 
 
 def cpu_bfloat16() -> str:

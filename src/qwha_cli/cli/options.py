@@ -41,6 +41,31 @@ ForceOption = Annotated[
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Check the artifacts it reads by sha256, not only by size.", rich_help_panel="Running")
 ]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        metavar="N",
+        min=1,
+        help="Train on N GPUs of this machine; quantize and init use them too.",
+        rich_help_panel="GPUs",
+    ),
+]
+SharedGpusOption = Annotated[
+    int | None,
+    typer.Option("--gpus", metavar="N", min=1, help="Share each block's matrices out to N GPUs.", rich_help_panel="GPUs"),
+]
+NodesOption = Annotated[
+    int, typer.Option(metavar="M", min=1, help="Train on M machines with --gpus each; start it on all.", rich_help_panel="GPUs")
+]
+NodeRankOption = Annotated[
+    int | None,
+    typer.Option(metavar="R", min=0, help="This machine's number; by default they agree on it.", rich_help_panel="GPUs"),
+]
+RendezvousOption = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Where the machines meet: one of them, the same on all.", rich_help_panel="GPUs"),
+]
 ResumeOption = Annotated[
     bool,
     typer.Option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +14,22 @@ from rich.text import Text
 
 from qwha_cli.artifacts.manifest import read_manifest
 from qwha_cli.cli.boundary import guarded
+from qwha_cli.cli.launch import Launch, start
 from qwha_cli.cli.options import (
     DebugOption,
     DeviceOption,
     ForceOption,
+    GpusOption,
     JsonOption,
+    NodeRankOption,
+    NodesOption,
     OutputOption,
     OverridesArgument,
     RecipeArgument,
+    RendezvousOption,
     ResumeOption,
     SeedOption,
+    SharedGpusOption,
     VerifyOption,
     shorthands,
 )
@@ -49,13 +56,16 @@ COMMANDS = {
 
 def register(app: typer.Typer) -> None:
     """Add the stage commands to an app."""
-    for name in ("run", "quantize", "init", "train"):
-        _add(app, name)
+    _add_training(app, "run")
+    _add_calibrated(app, "quantize")
+    _add_calibrated(app, "init")
+    _add_training(app, "train")
     app.command("eval", help=EVAL_HELP, epilog=f"Example: {EVAL_EXAMPLE}", rich_help_panel=PANEL)(evaluate)
     _add(app, "merge")
 
 
 def _add(app: typer.Typer, name: str) -> None:
+    """Add a command that works on one device."""
     help_text, example = COMMANDS[name]
 
     @app.command(name, help=help_text, epilog=f"Example: {example}", rich_help_panel=PANEL)
@@ -73,8 +83,65 @@ def _add(app: typer.Typer, name: str) -> None:
         debug: DebugOption = False,
     ) -> None:
         changes = [*(overrides or []), *shorthands(device=device, seed=seed, output=output)]
-        until = None if name == "run" else name
-        execute(recipe, changes, until=until, force=force, resume=resume, verify=verify, as_json=as_json, debug=debug)
+        options = Running(force=force, resume=resume, verify=verify, as_json=as_json, debug=debug)
+        execute(recipe, changes, until=name, how=options)
+
+    del command  # Typer holds it
+
+
+def _add_calibrated(app: typer.Typer, name: str) -> None:
+    """Add a command whose stage shares its matrices out to GPUs, all in this process."""
+    help_text, example = COMMANDS[name]
+
+    @app.command(name, help=help_text, epilog=f"Example: {example}", rich_help_panel=PANEL)
+    @guarded
+    def command(
+        recipe: RecipeArgument,
+        overrides: OverridesArgument = None,
+        device: DeviceOption = None,
+        seed: SeedOption = None,
+        output: OutputOption = None,
+        force: ForceOption = False,
+        resume: ResumeOption = True,
+        verify: VerifyOption = False,
+        gpus: SharedGpusOption = None,
+        as_json: JsonOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        changes = [*(overrides or []), *shorthands(device=device, seed=seed, output=output)]
+        options = Running(force=force, resume=resume, verify=verify, as_json=as_json, debug=debug, gpus=gpus)
+        execute(recipe, changes, until=name, how=options)
+
+    del command  # Typer holds it
+
+
+def _add_training(app: typer.Typer, name: str) -> None:
+    """Add a command whose training takes a process for each GPU."""
+    help_text, example = COMMANDS[name]
+
+    @app.command(name, help=help_text, epilog=f"Example: {example}", rich_help_panel=PANEL)
+    @guarded
+    def command(
+        recipe: RecipeArgument,
+        overrides: OverridesArgument = None,
+        device: DeviceOption = None,
+        seed: SeedOption = None,
+        output: OutputOption = None,
+        force: ForceOption = False,
+        resume: ResumeOption = True,
+        verify: VerifyOption = False,
+        gpus: GpusOption = None,
+        nodes: NodesOption = 1,
+        node_rank: NodeRankOption = None,
+        rendezvous: RendezvousOption = None,
+        as_json: JsonOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        changes = [*(overrides or []), *shorthands(device=device, seed=seed, output=output)]
+        launch = Launch(gpus, nodes, node_rank, rendezvous)
+        launch.check()
+        options = Running(force=force, resume=resume, verify=verify, as_json=as_json, debug=debug, launch=launch)
+        execute(recipe, changes, until=None if name == "run" else name, how=options)
 
     del command  # Typer holds it
 
@@ -112,31 +179,52 @@ def evaluate(
     if recipe is None:
         recipe, found = newest_recipe(output or RUNS)
         changes += found
-    execute(recipe, changes, until="eval", force=force, resume=resume, verify=verify, as_json=as_json, debug=debug)
+    how = Running(force=force, resume=resume, verify=verify, as_json=as_json, debug=debug)
+    execute(recipe, changes, until="eval", how=how)
 
 
-def execute(
-    reference: str,
-    changes: Sequence[str],
-    *,
-    until: str | None,
-    force: bool = False,
-    resume: bool = True,
-    verify: bool = False,
-    as_json: bool = False,
-    debug: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class Running:
+    """How a command's stages are run and reported.
+
+    Attributes:
+        force: Make that stage (or all) again.
+        resume: Continue unfinished stages, instead of starting them over.
+        verify: Check inputs by sha256.
+        as_json: Print the result as one object on stdout.
+        debug: Leave the libraries' own messages on.
+        gpus: That quantize and init share their matrices out to, in this process.
+        launch: Processes that train together.
+    """
+
+    force: bool = False
+    resume: bool = True
+    verify: bool = False
+    as_json: bool = False
+    debug: bool = False
+    gpus: int | None = None
+    launch: Launch = field(default_factory=Launch)
+
+    def words(self) -> list[str]:
+        """The options as they are typed, for another process of the same command."""
+        flags = {
+            "--force": self.force,
+            "--no-resume": not self.resume,
+            "--verify": self.verify,
+            "--json": self.as_json,
+            "--debug": self.debug,
+        }
+        return [flag for flag, on in flags.items() if on]
+
+
+def execute(reference: str, changes: Sequence[str], *, until: str | None, how: Running) -> None:
     """Run a recipe's stages up to `until` (None: all) and print the outcome.
 
     Args:
         reference: A path or a shipped recipe's name.
         changes: Overrides.
         until: The last stage wanted.
-        force: Make that stage (or all) again.
-        resume: Continue unfinished stages, instead of starting them over.
-        verify: Check inputs by sha256.
-        as_json: Print the result as one object on stdout.
-        debug: Leave the libraries' own messages on.
+        how: How to run and to report.
     """
     from qwha_cli.cli.console import is_first_rank, watching
     from qwha_cli.cli.tables import results_table
@@ -146,12 +234,15 @@ def execute(
     recipe = load_recipe(reference, changes)
     with watching(initializer=recipe.init.method) as events:
         say = events.say
+        if how.launch.wanted:
+            words = [until or "run", reference, *changes, *how.words()]
+            raise typer.Exit(start(how.launch, words, recipe=recipe, say=say, debug=how.debug))
         say(f"recipe   {reference}" + (f"  with {' '.join(changes)}" if changes else ""))
-        forced = () if not force else STAGES if until is None else (until,)
-        with contextlib.nullcontext() if debug else quiet_libraries():
+        forced = () if not how.force else STAGES if until is None else (until,)
+        with contextlib.nullcontext() if how.debug else quiet_libraries():
             from qwha_cli.stages.runner import RunOptions, run_stages  # after the line above: importing torch takes seconds
 
-            options = RunOptions(force=forced, resume=resume, deep_verify=verify)
+            options = RunOptions(force=forced, resume=how.resume, deep_verify=how.verify, gpus=how.gpus)
             result = run_stages(recipe, until=until, events=events, options=options)
         events.close()
         records = _initialised_layers(result.stages["init"].path) if "init" in result.stages and is_first_rank() else []
@@ -162,7 +253,7 @@ def execute(
         say(f"run      {display_name(result.run)}  (its settings: {RESOLVED})")
         if until is None and is_first_rank():
             say(f"report   {display_name(_report(result.run, fresh=all(stage.fresh for stage in result.stages.values())))}")
-    if as_json and is_first_rank():
+    if how.as_json and is_first_rank():
         won = initialisation(records, method=recipe.init.method)
         print_json(result.to_json() | ({"initialisation": won.to_json()} if won else {}))
 

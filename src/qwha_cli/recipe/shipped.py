@@ -1,7 +1,8 @@
 """Where recipes come from: a path, or the name of one that is shipped with the package.
 
 In a wheel the recipes and the pieces they extend lie in `qwha_cli/shipped/`; in a checkout they are the `recipes/` and `configs/`
-folders at its root. A reference with the suffix .yaml or a slash is a path first and a name second.
+folders at its root; `configs/accelerate/` is for `accelerate launch` and no piece of a recipe. A reference with the suffix .yaml
+or a slash is a path first and a name second.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from qwha_cli.errors import Problem, RecipeError
 
 SUFFIX = ".yaml"
 CONFIG_PREFIX = "configs:"
+# beside the pieces lie configurations of accelerate, which no recipe can extend
+_NO_PIECES = "accelerate"
 
 
 @dataclass(frozen=True)
@@ -86,4 +89,5 @@ def find_piece(reference: str, *, base: Path) -> Path | None:
 def list_pieces() -> list[str]:
     """Return every shipped piece as an `extends:` entry."""
     root = shipped_folder("configs")
-    return sorted(CONFIG_PREFIX + path.relative_to(root).with_suffix("").as_posix() for path in root.rglob(f"*{SUFFIX}"))
+    paths = [path.relative_to(root) for path in root.rglob(f"*{SUFFIX}")]
+    return sorted(CONFIG_PREFIX + path.with_suffix("").as_posix() for path in paths if path.parts[0] != _NO_PIECES)

@@ -129,3 +129,9 @@ def note_blocks(context: StageContext, size: int) -> None:
     shape = hadamard_plan(size)
     if not shape.exact:
         context.note(f"no Hadamard matrix of order {size} is known here: {size // shape.block} blocks of {shape.block}")
+
+
+def note_devices(context: StageContext) -> None:
+    """Say so where a block's matrices are shared out to several devices."""
+    if len(context.devices) > 1:
+        context.note(f"each block's matrices shared out to {', '.join(str(device) for device in context.devices)}")

@@ -27,6 +27,7 @@ class StageContext:
         manifests: Stage name to the manifest of that artifact.
         key: The artifact's key, for refusing foreign checkpoints.
         device: Where to compute.
+        devices: Where matrices that do not depend on one another may be computed, `device` first.
         events: Whom to tell.
         interrupted: True once the user asked to stop.
         rank: Which of several processes this is; only 0 writes what is published.
@@ -42,6 +43,7 @@ class StageContext:
     events: Events
     interrupted: Callable[[], bool]
     stage: str
+    devices: tuple[torch.device, ...] = ()
     rank: int = 0
     notes: list[str] = field(default_factory=list)
 

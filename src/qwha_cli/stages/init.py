@@ -22,6 +22,7 @@ from qwha_cli.models.sensitivity import Sensitivity
 from qwha_cli.models.stream import open_base
 from qwha_cli.models.targets import find_targets
 from qwha_cli.models.walk import Block
+from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.report.entries import total_rows_by_entries
@@ -32,6 +33,7 @@ from qwha_cli.stages.calibrated import (
     finished_blocks,
     kept_sensitivity,
     note_blocks,
+    note_devices,
     open_original,
     walk_through,
 )
@@ -42,6 +44,7 @@ from qwha_cli.stages.init_low_rank import initialize_low_rank
 from qwha_cli.stages.init_record import compared, start_record
 from qwha_cli.stages.init_sparse import initialize_sparse
 from qwha_cli.stages.reconstruct import reconstruct_values
+from qwha_cli.stages.spread import spread
 
 
 def run(context: StageContext) -> dict[str, object]:
@@ -116,16 +119,23 @@ def _initialize_block(
     """Initialise the layers of a block, keep their starts, and return its records."""
     recipe = context.recipe
     grams = block.grams([layer.name for layer in layers], token_weights=sensitivity.tokens if sensitivity else None)
-    starts: dict[str, Start] = {}
-    seconds: dict[str, float] = {}
+    by_name = {layer.name: layer for layer in layers}
     for layer in layers:
         note_blocks(context, layer.shape[1])
+    note_devices(context)
+
+    def initialize(name: str, gram: Gram) -> tuple[Start, float]:
         started = time.monotonic()
+        layer = by_name[name].on(gram.device)
         if recipe.adapter.method == "qwha":
-            starts[layer.name] = initialize_sparse(recipe, layer, grams[layer.name], entries=entries[layer.name])
+            start: Start = initialize_sparse(recipe, layer, gram, entries=entries[name])
         else:
-            starts[layer.name] = initialize_low_rank(recipe, layer, grams[layer.name])
-        seconds[layer.name] = time.monotonic() - started
+            start = initialize_low_rank(recipe, layer, gram)
+        return start, time.monotonic() - started
+
+    found = spread({layer.name: layer.shape for layer in layers}, initialize, grams=grams, devices=context.devices)
+    starts: dict[str, Start] = {name: start.to(context.device) for name, (start, _) in found.items()}
+    seconds = {name: spent for name, (_, spent) in found.items()}
     errors: dict[str, float] = {}
     if recipe.init.reconstruct != "none":
         started = time.monotonic()

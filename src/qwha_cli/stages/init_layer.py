@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -61,6 +62,12 @@ class InitLayer:
                 where=str(folder),
                 remedy="quantize the model again with `qwha quantize RECIPE --force`",
             )
+
+    def on(self, device: torch.device) -> InitLayer:
+        """The layer on a device; a copy unless it is there already."""
+        if self.weight.device == device:
+            return self
+        return InitLayer(self.target, copy.deepcopy(self.module).to(device), self.weight.to(device))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The base's weight (out, in) in its own basis."""

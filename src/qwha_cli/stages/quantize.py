@@ -38,11 +38,13 @@ from qwha_cli.stages.calibrated import (
     finished_blocks,
     measured_sensitivity,
     note_blocks,
+    note_devices,
     open_original,
     walk_through,
 )
 from qwha_cli.stages.context import StageContext, write_lines
 from qwha_cli.stages.reconstruct import reconstruct_base
+from qwha_cli.stages.spread import spread
 
 Quantize = Callable[..., PackedWeight]
 
@@ -123,7 +125,18 @@ def _quantize_block(
     weights = sensitivity.tokens if sensitivity else None
     seen = block.grams([target.name for target in targets], token_weights=weights)
     grams = {name: _in_basis(context, gram) for name, gram in seen.items()}
-    seconds = {target.name: _quantize_layer(context, opened, target, grams[target.name]) for target in targets}
+    shapes = {target.name: opened.shape(target.name) for target in targets}
+    for _, size in shapes.values() if context.recipe.quantize.basis == "hadamard" else ():
+        note_blocks(context, size)
+    note_devices(context)
+    packed = spread(
+        shapes, lambda name, gram: _quantize_layer(context.recipe, opened, name, gram), grams=grams, devices=context.devices
+    )
+    seconds: dict[str, float] = {}
+    for name, (layer, spent) in packed.items():
+        there = {key: tensor.to(block.device) for key, tensor in layer.tensors.items()}
+        _put(opened, name, PackedWeight(there, layer.format, layer.shape))
+        seconds[name] = spent
     started = time.monotonic()
     errors: Record = {}
     if context.recipe.quantize.reconstruct != "none":
@@ -143,17 +156,14 @@ def _in_basis(context: StageContext, gram: Gram) -> Gram:
     return gram.in_hadamard_basis() if context.recipe.quantize.basis == "hadamard" else gram
 
 
-def _quantize_layer(context: StageContext, opened: OpenModel, target: Target, gram: Gram) -> float:
-    """Replace one linear by its quantized form and return the seconds it took."""
+def _quantize_layer(recipe: Recipe, opened: OpenModel, name: str, gram: Gram) -> tuple[PackedWeight, float]:
+    """The quantized form of one linear, made where its Gram matrix is, and the seconds it took."""
     started = time.monotonic()
-    recipe = context.recipe
-    gram.check_finite(target.name)
-    if recipe.quantize.basis == "hadamard":
-        note_blocks(context, get_linear(opened.model, target.name).in_features)
+    gram.check_finite(name)
     quantize = cast(Quantize, catalog.load(catalog.QUANTIZERS[recipe.quantize.method]))
-    weight = opened.weight_in(recipe.quantize.basis, target.name, device=gram.device)
-    _put(opened, target.name, quantize(weight, gram, options=_options(recipe), name=target.name))
-    return time.monotonic() - started
+    weight = opened.weight_in(recipe.quantize.basis, name, device=gram.device)
+    packed = quantize(weight, gram, options=_options(recipe), name=name)
+    return packed, time.monotonic() - started
 
 
 def _record(opened: OpenModel, target: Target, gram: Gram, *, seconds: float, with_gains: bool) -> Record:

@@ -1,22 +1,18 @@
 """Runs the stages a command needs: skips what is fresh, runs what is missing or stale, publishes what comes out.
 
-Only this file knows of keys, locks, drafts and archives. Under torchrun every rank comes here; rank 0 makes each artifact and the
-others wait for it, except in training, which they share.
+Only this file knows of keys, locks, drafts and archives. Of several processes each comes here; the first decides what runs, makes
+each artifact and says when it is there. The others wait, except in training, which all share.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -30,10 +26,14 @@ from qwha_cli.stages import init as init_stage
 from qwha_cli.stages import merge as merge_stage
 from qwha_cli.stages import quantize as quantize_stage
 from qwha_cli.stages import train as train_stage
+from qwha_cli.stages.agreement import Agreement
 from qwha_cli.stages.context import StageContext
-from qwha_cli.stages.device import resolve_device
+from qwha_cli.stages.device import device_of_rank, devices_of_stage
 from qwha_cli.stages.events import Events
+from qwha_cli.stages.interruption import Interruption, interruptible
 from qwha_cli.stages.plan import PlannedStage, ancestors, plan
+from qwha_cli.stages.ranks import Ranks, check_launcher, own_ranks
+from qwha_cli.stages.spread import release
 from qwha_cli.stages.table import build_table
 
 _RUN: Mapping[str, Callable[[StageContext], dict[str, object]]] = {
@@ -44,6 +44,10 @@ _RUN: Mapping[str, Callable[[StageContext], dict[str, object]]] = {
     "merge": merge_stage.run,
 }
 
+_FRESH, _STALE, _DONE = "fresh", "stale", "done"
+# a shared file system may show another machine's files a minute late
+_VISIBLE_S = 90.0
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -53,11 +57,13 @@ class RunOptions:
         force: Stages to run again although they are fresh.
         resume: Whether unfinished stages continue behind what they kept, or start over.
         deep_verify: Check input artifacts by sha256, not only by size.
+        gpus: GPUs that quantize and init share their matrices out to; None for those of all processes on this machine.
     """
 
     force: tuple[str, ...] = ()
     resume: bool = True
     deep_verify: bool = False
+    gpus: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,68 +127,89 @@ def run_stages(
     options = options or RunOptions()
     planned = plan(recipe, root=root)
     wanted = list(planned) if until is None else ancestors(planned, until)
-    rank = int(os.environ.get("RANK", "0"))
-    device = resolve_device(recipe.model.device)
+    check_launcher()
+    ranks = own_ranks()
+    device = device_of_rank(recipe.model.device, ranks)
+    devices = devices_of_stage(device, gpus=options.gpus, ranks=ranks)
     result = RunResult(run=root)
     with contextlib.ExitStack() as stack:
-        if rank == 0:
+        if ranks.first:
             stack.enter_context(locked(root))
             write_atomically(root / "recipe.resolved.yaml", recipe.to_yaml())
-        interruption = stack.enter_context(_interruptible())
+        interruption = stack.enter_context(interruptible(ranks))
+        session = _Session(recipe, planned, devices, events, interruption, options, ranks, Agreement(ranks))
         for name in wanted:
-            stage = planned[name]
-            if rank == 0 or name == "train":
-                result.stages[name] = _bring_up_to_date(stage, recipe, planned, device, events, interruption, options, rank)
+            if ranks.first:
+                result.stages[name] = _bring_up_to_date(session, planned[name])
+                session.agreement.tell(name, _DONE)
             else:
-                _wait_for(stage)
-    if rank == 0:
+                _follow(session, planned[name])
+    if ranks.first:
         result.table.extend(build_table(root, recipe))
     return result
 
 
-def _bring_up_to_date(
-    stage: PlannedStage,
-    recipe: Recipe,
-    planned: Mapping[str, PlannedStage],
-    device: torch.device,
-    events: Events,
-    interruption: _Interruption,
-    options: RunOptions,
-    rank: int,
-) -> StageResult:
+@dataclass(frozen=True)
+class _Session:
+    """What the stages of one call share."""
+
+    recipe: Recipe
+    planned: Mapping[str, PlannedStage]
+    devices: tuple[torch.device, ...]
+    events: Events
+    interruption: Interruption
+    options: RunOptions
+    ranks: Ranks
+    agreement: Agreement
+
+    def work(self, stage: PlannedStage) -> Path:
+        """The folder that survives a kill."""
+        return stage.folder.parent / ".work" / f"{stage.folder.name}-{stage.key[:12]}"
+
+    def context(self, stage: PlannedStage, draft: Path) -> StageContext:
+        """What the stage is given."""
+        return StageContext(
+            recipe=self.recipe,
+            draft=draft,
+            work=self.work(stage),
+            inputs={name: self.planned[name].folder for name in stage.inputs},
+            manifests=_input_manifests(stage, self.planned),
+            key=stage.key,
+            device=self.devices[0],
+            devices=self.devices,
+            events=self.events,
+            interrupted=self.interruption,
+            stage=stage.stage,
+            rank=self.ranks.rank,
+        )
+
+    def run(self, stage: PlannedStage, context: StageContext) -> dict[str, object]:
+        """Run a stage's function, letting training finish its step when the user stops it."""
+        self.interruption.graceful = stage.stage == "train"
+        results = _RUN[stage.stage](context)
+        self.interruption.graceful = False
+        release(self.devices)
+        return results
+
+
+def _bring_up_to_date(session: _Session, stage: PlannedStage) -> StageResult:
+    options, events = session.options, session.events
     fresh = None if stage.stage in options.force else _fresh(stage, deep=options.deep_verify)
     if fresh is not None:
-        if rank == 0:
-            events.stage_fresh(stage.stage, stage.folder)
+        session.agreement.tell(f"{stage.stage} is", _FRESH)
+        events.stage_fresh(stage.stage, stage.folder)
         return StageResult(stage.folder, fresh.seconds, True, fresh.results, fresh.notes)
-    if rank == 0:
-        events.stage_started(stage.stage, _reason(stage))
-    work = stage.folder.parent / ".work" / f"{stage.folder.name}-{stage.key[:12]}"
-    if rank == 0 and not options.resume:
+    events.stage_started(stage.stage, _reason(stage))
+    work = session.work(stage)
+    if not options.resume:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
+    session.agreement.tell(f"{stage.stage} is", _STALE)
     started = time.monotonic()
-    with drafting(stage.folder) if rank == 0 else _no_draft() as draft, _explained_memory(stage.stage):
-        context = StageContext(
-            recipe=recipe,
-            draft=draft,
-            work=work,
-            inputs={name: planned[name].folder for name in stage.inputs},
-            manifests=_input_manifests(stage, planned),
-            key=stage.key,
-            device=device,
-            events=events,
-            interrupted=interruption,
-            stage=stage.stage,
-            rank=rank,
-        )
-        interruption.graceful = stage.stage == "train"
-        results = _RUN[stage.stage](context)
-        interruption.graceful = False
+    with drafting(stage.folder) as draft, _explained_memory(stage.stage):
+        context = session.context(stage, draft)
+        results = session.run(stage, context)
         seconds = time.monotonic() - started
-        if rank != 0:
-            _wait_for(stage)
-            return StageResult(stage.folder, seconds, False, results)
         manifest = Manifest(
             stage=stage.stage,
             key=stage.key,
@@ -190,13 +217,31 @@ def _bring_up_to_date(
             inputs=stage.inputs,
             results=results,
             notes=tuple(context.notes),
-            environment=describe_environment(device=str(device)),
+            environment=describe_environment(device=str(session.devices[0])),
             seconds=seconds,
         )
         manifest = publish(draft, stage.folder, manifest=manifest)
     shutil.rmtree(work, ignore_errors=True)
     events.stage_finished(stage.stage, seconds, results)
     return StageResult(stage.folder, seconds, False, results, manifest.notes)
+
+
+def _follow(session: _Session, stage: PlannedStage) -> None:
+    """Share in the training if there is one, and wait for everything else."""
+    if stage.stage == "train" and session.agreement.hear("train is") == _STALE:
+        # the inputs were seen here already: see below
+        with tempfile.TemporaryDirectory(prefix="qwha-") as draft, _explained_memory(stage.stage):
+            session.run(stage, session.context(stage, Path(draft)))
+    session.agreement.hear(stage.stage)
+    end = time.monotonic() + _VISIBLE_S
+    while (manifest := own_manifest(stage.folder)) is None or manifest.key != stage.key:
+        if time.monotonic() > end:
+            raise ArtifactError(
+                f"the first process has finished {stage.stage}, but it is not to be seen from this one",
+                where=str(stage.folder),
+                remedy="start all machines in one folder that they share, or give them one by output=FOLDER",
+            )
+        time.sleep(0.2)
 
 
 def _fresh(stage: PlannedStage, *, deep: bool) -> Manifest | None:
@@ -247,19 +292,6 @@ def _input_manifests(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -
     return found
 
 
-def _wait_for(stage: PlannedStage) -> None:
-    """Wait until rank 0 has published an artifact; torchrun ends this process if rank 0 fails."""
-    while (manifest := own_manifest(stage.folder)) is None or manifest.key != stage.key:
-        time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def _no_draft() -> Generator[Path]:
-    """Yield a folder for a rank that publishes nothing."""
-    with tempfile.TemporaryDirectory(prefix="qwha-") as folder:
-        yield Path(folder)
-
-
 @contextlib.contextmanager
 def _explained_memory(stage: str) -> Generator[None]:
     try:
@@ -276,38 +308,3 @@ def _explained_memory(stage: str) -> Generator[None]:
         raise ResourceError(
             f"{place} ran out of memory: {str(error).splitlines()[0]}", where=stage, remedy=remedies[stage]
         ) from error
-
-
-class _Interruption:
-    """Whether the user asked to stop (Ctrl-C, or a scheduler's SIGTERM).
-
-    While training runs, the first request only raises this flag: the loop finishes its step, saves, and leaves. A second one, or
-    any outside training, raises KeyboardInterrupt at once.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.graceful = False
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked or not self.graceful:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-@contextlib.contextmanager
-def _interruptible() -> Generator[_Interruption]:
-    interruption = _Interruption()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield interruption  # signals belong to the main thread; a library user's thread does without
-        return
-    previous = [signal.signal(number, interruption.handle) for number in signals]
-    try:
-        yield interruption
-    finally:
-        for number, handler in zip(signals, previous, strict=True):
-            signal.signal(number, handler)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from qwha_cli import catalog
@@ -25,6 +26,7 @@ from qwha_cli.recipe.train_section import AnswersSection, TrainDataSection
 from qwha_cli.report.plots import loss_curve
 from qwha_cli.stages.context import StageContext
 from qwha_cli.stages.plan import FOLDERS
+from qwha_cli.stages.ranks import own_ranks
 from qwha_cli.training.loop import TrainSettings, train
 
 
@@ -41,7 +43,9 @@ def run(context: StageContext) -> dict[str, object]:
     validation = _encode(context, held, tokenizer)
     base = load_base(quantized, dtype=context.dtype)
     model = load_adapter(base, context.inputs["init"], trainable=True)
-    model.to(context.device)
+    shard = _shard_on(context)
+    if shard is None:
+        model.to(context.device)
     set_keep(model, settings.keep)
     if settings.keep == "speed":
         for module in model.modules():
@@ -51,7 +55,7 @@ def run(context: StageContext) -> dict[str, object]:
         model,
         encoded,
         encoded_validation=validation,
-        settings=_settings(recipe, cast(int, tokenizer.pad_token_id)),
+        settings=_settings(recipe, cast(int, tokenizer.pad_token_id), shard=shard),
         work_dir=context.work,
         identity=context.key,
         progress=context.events.training(),
@@ -87,7 +91,18 @@ def _encode(context: StageContext, examples: list[Example], tokenizer: PreTraine
     return kept
 
 
-def _settings(recipe: Recipe, pad_id: int) -> TrainSettings:
+def _shard_on(context: StageContext) -> torch.device | None:
+    """Where the packed base is split over the processes, if they were started so."""
+    ranks = own_ranks()
+    if not ranks.shard or ranks.size == 1:
+        return None
+    context.note("the packed base is split over the processes, and every block gathered for its turn")
+    if not context.recipe.train.checkpointing:
+        context.note("train.checkpointing is on, as a split base needs it")
+    return context.device
+
+
+def _settings(recipe: Recipe, pad_id: int, *, shard: torch.device | None) -> TrainSettings:
     t = recipe.train
     return TrainSettings(
         seed=recipe.seed,
@@ -104,7 +119,8 @@ def _settings(recipe: Recipe, pad_id: int) -> TrainSettings:
         clip=t.clip,
         precision=t.precision,
         kernels=t.kernels,
-        checkpointing=t.checkpointing,
+        checkpointing=t.checkpointing or shard is not None,
+        shard_on=shard,
         save_every=t.save_every,
         validate_every=t.validation.every if t.validation else None,
         pad_id=pad_id,

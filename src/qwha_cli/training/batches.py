@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwha_cli.data.collate import PackedRow, pack, packed_batch, pad_batch
+from qwha_cli.data.collate import IGNORED, PackedRow, pack, packed_batch, pad_batch
 from qwha_cli.data.tokenize import Encoded
 from qwha_cli.errors import UsageError
 
@@ -28,10 +28,12 @@ class StepBatches:
 
     Attributes:
         forwards: One dict of CPU tensors (`input_ids`, `labels`, ...) a forward pass.
-        tokens: Tokens in them, padding not counted.
+        answers: Tokens that carry loss, in the whole step: every rank knows the order, so none has to be asked.
+        tokens: Tokens in the whole step, padding not counted.
     """
 
     forwards: list[dict[str, Tensor]]
+    answers: int
     tokens: int
 
 
@@ -64,12 +66,7 @@ class Batches:
         rank: int,
         ranks: int,
     ) -> None:
-        if batch_size % ranks:
-            raise UsageError(
-                f"a batch of {batch_size} sequences cannot be split evenly among {ranks} processes",
-                where="train.batch_size",
-                remedy=f"set train.batch_size to a multiple of {ranks}, or start another number of processes",
-            )
+        check_split(batch_size, ranks=ranks)
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.seed = seed
@@ -85,11 +82,15 @@ class Batches:
     def step(self, index: int) -> StepBatches:
         """Collate this rank's part of the step of `index` (from 0)."""
         share = self.batch_size // self.ranks
-        first = index * self.batch_size * self.accumulation + self.rank * share
-        starts = [first + forward * self.batch_size for forward in range(self.accumulation)]
-        chosen = [[self._row_at(place) for place in range(start, start + share)] for start in starts]
-        forwards = [self._collate(rows) for rows in chosen]
-        return StepBatches(forwards=forwards, tokens=sum(len(row.input_ids) for rows in chosen for row in rows))
+        size = self.batch_size * self.accumulation
+        rows = [self._row_at(place) for place in range(index * size, (index + 1) * size)]
+        starts = range(self.rank * share, size, self.batch_size)
+        return StepBatches(
+            forwards=[self._collate(rows[start : start + share]) for start in starts],
+            # the first place of a row has no prediction
+            answers=sum(len(row.labels) - 1 - row.labels[1:].count(IGNORED) for row in rows),
+            tokens=sum(len(row.input_ids) for row in rows),
+        )
 
     def _row_at(self, place: int) -> Encoded | PackedRow:
         epoch, offset = divmod(place, len(self.rows))
@@ -100,6 +101,20 @@ class Batches:
         if packed:
             return packed_batch(packed, pad_id=self.pad_id)
         return pad_batch([row for row in rows if isinstance(row, Encoded)], pad_id=self.pad_id)
+
+
+def check_split(batch_size: int, *, ranks: int) -> None:
+    """Refuse a batch that does not divide evenly: every rank's mean would weigh its examples differently.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if batch_size % ranks:
+        raise UsageError(
+            f"a batch of {batch_size} sequences cannot be split evenly among {ranks} processes",
+            where="train.batch_size",
+            remedy=f"set train.batch_size to a multiple of {ranks}, or start another number of processes",
+        )
 
 
 @functools.lru_cache(maxsize=4)

@@ -37,11 +37,13 @@ class CheckpointState:
         step: Optimizer steps done.
         identity: Digest of everything that must not change between sessions: settings, data, base, starting values.
         wall_s: Seconds of training so far.
+        ranks: Processes that trained when it was written; another number may go on, to rounding. 0 where nobody noted it.
     """
 
     step: int
     identity: str
     wall_s: float
+    ranks: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def load_latest(folder: Path, *, identity: str) -> Checkpoint | None:
     for path in reversed(found):
         try:
             fields = json.loads((path / _STATE).read_text(encoding="utf-8"))
-            state = CheckpointState(step=fields["step"], identity=fields["identity"], wall_s=fields["wall_s"])
+            state = CheckpointState(fields["step"], fields["identity"], fields["wall_s"], ranks=fields.get("ranks", 0))
             tensors = load_file(path / _TENSORS)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             faults.append(f"{path.name}: {error}")

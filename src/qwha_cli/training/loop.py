@@ -112,6 +112,7 @@ class _Run:
         self.main = engine.rank == 0
         self.notes: list[str] = []
         self.wall_s = 0.0
+        self.ranks_before = engine.ranks
 
     def resume(self, identity: str) -> int:
         """Restore the newest checkpoint and cut the metrics back to it; return the steps done, 0 for a new run."""
@@ -126,6 +127,7 @@ class _Run:
         if checkpoint is not None:
             self.engine.restore(checkpoint.tensors, where=str(checkpoint.folder))
             self.wall_s = checkpoint.state.wall_s
+            self.ranks_before = checkpoint.state.ranks or self.engine.ranks
         return done
 
     def announce(self, resumed_from: int) -> None:
@@ -140,6 +142,12 @@ class _Run:
             self._note(f"training on {self.engine.ranks} processes of {share} sequences each")
         if resumed_from:
             self._note(f"continued from the checkpoint at step {resumed_from} of {self.total_steps}")
+        if self.ranks_before != self.engine.ranks:
+            # examples, losses and gradients are those of the step, however many share it; only the order of additions differs
+            self._note(
+                f"continued with {self.engine.ranks} processes, started with {self.ranks_before}: the same to rounding, "
+                "not to the bit"
+            )
 
     def take_step(self, batches: Batches, index: int) -> None:
         """One optimizer step; what is not finite is refused before it touches the values."""
@@ -186,7 +194,7 @@ class _Run:
         """Write a checkpoint on the first rank; the others wait for it."""
         if self.main:
             self.log.sync()
-            state = CheckpointState(step=done, identity=identity, wall_s=self.wall_s)
+            state = CheckpointState(step=done, identity=identity, wall_s=self.wall_s, ranks=self.engine.ranks)
             save_checkpoint(self.checkpoints, state, tensors=self.engine.tensors())
         self.engine.wait()
 

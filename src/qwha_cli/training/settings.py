@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from qwha_cli.models.liger import Kernels
 from qwha_cli.training.metrics import ValidationPoint
 from qwha_cli.training.optim import Schedule
@@ -34,6 +36,8 @@ class TrainSettings:
         checkpointing: Recompute activations in the backward pass instead of keeping them.
         save_every: Steps between checkpoints; None saves only at the end.
         validate_every: Steps between validations, which also happen before the first and after the last step; None for none.
+        shard_on: Split the packed base over the ranks, which compute on devices of this kind; needs checkpointing. None to have
+            it whole on each.
     """
 
     lr: float
@@ -54,6 +58,7 @@ class TrainSettings:
     checkpointing: bool = False
     save_every: int | None = 50
     validate_every: int | None = None
+    shard_on: torch.device | None = None
 
 
 @dataclass(frozen=True)
