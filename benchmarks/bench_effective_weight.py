@@ -174,7 +174,7 @@ def tune(report: Report, workers: int) -> None:
             base = random_base(kind, shape)
             moved = size_of(base) + 6 * len(places) + 2 * shape[0] * shape[1]
             rotated = sets(base, values, places, moved)
-            chosen = kernel.config_for(base, shape)
+            chosen = kernel.config_for(base)
             found: list[dict[str, object]] = []
             for config in {*kernel.CANDIDATES, chosen}:
                 calls = [partial(kernel.launch, weight, own, entries, config) for own, entries, weight in rotated]
@@ -196,7 +196,7 @@ def run(report: Report, *, check: bool) -> None:
                 compare(base, values, places)
             moved = size_of(base) + 6 * len(places) + weights
             rotated = sets(base, values, places, moved)
-            config = kernel.config_for(base, shape)
+            config = kernel.config_for(base)
             calls = [partial(kernel.launch, weight, own, entries, config) for own, entries, weight in rotated]
             report.line(microseconds(calls), moved, op="effective_weight", shape=shape, kind=kind)
             if isinstance(base, Codes):

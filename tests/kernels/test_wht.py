@@ -143,13 +143,13 @@ def test_what_the_kernel_does_not_take_is_told_with_its_reason(monkeypatch: pyte
         unfit(9, torch.bfloat16),
         unfit(29568, torch.bfloat16),
         unfit(53248, torch.bfloat16),
-        unfit(28672, torch.float32),
+        unfit(4096, torch.float32),
     ]
-    wanted = ["no torch.float64", "changes nothing", "base of order 924", "65536 registers", "32768 registers"]
+    wanted = ["no torch.float64", "changes nothing", "base of order 924", "65536 registers", "no torch.float32"]
     assert all(part in (reason or "") for part, reason in zip(wanted, reasons, strict=True))
     for size in (2, 16, 48, 2048, 3072, 4096, 5120, 8192, 11008, 14336, 16384, 18944, 28672):
         assert unfit(size, torch.bfloat16) is None
-        assert tiles_for(size, torch.bfloat16).block == size
+        assert tiles_for(size).block == size
     # the choice looks at the interpreter's switch each time
     cpu = torch.device("cpu")
     assert "not on cpu" in choose_transform("auto", size=96, dtype=torch.bfloat16, device=cpu).reason
@@ -221,7 +221,6 @@ for size in FAST:
     as_dense(size, torch.bfloat16, "cpu", rounding=2**-7)
     if size < 1000:
         as_dense(size, torch.float16, "cpu")
-        as_dense(size, torch.float32, "cpu")
 cuts_agree("cpu", torch.float16)
 print("interpreted", len(FAST))
 """
@@ -234,7 +233,7 @@ def test_triton_interpreted_is_the_dense_product() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_triton_on_a_gpu_is_the_dense_product(dtype: torch.dtype) -> None:
     for size in (*FAST, 2048, 4096, 5120, 8192, 11008, 14336):
         as_dense(size, dtype, "cuda")

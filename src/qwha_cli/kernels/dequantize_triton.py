@@ -36,8 +36,8 @@ class Config:
     """
 
     rows: int = 8
-    columns: int = 256
-    span: int = 1024
+    columns: int = 512
+    span: int = 512
     warps: int = 4
     stages: int = 1
     split: bool = False
@@ -58,19 +58,24 @@ CANDIDATES: tuple[Config, ...] = (
 """What benchmarks/bench_effective_weight.py times; `config_for` takes from its results."""
 
 
-# 16 rows take twice the registers, with which too few programs fit on a processor to hide what they wait for
-_CUT = Config()
+# the best of the candidates on an H100, over seven shapes of layers (docs/results/speed.md)
+_PACKED = Config()
+_STRADDLING = Config(rows=4, columns=512, span=1024)
+_DENSE = Config(rows=4, columns=512, span=512)
 
 
-def config_for(base: Codes | Tensor | None, shape: tuple[int, int]) -> Config:
+def config_for(base: Codes | Tensor | None) -> Config:
     """The cut for a base, which is codes, a dense matrix, or None for zeros."""
-    return _CUT
+    if not isinstance(base, Codes):
+        return _DENSE
+    # three bits and a table look-up take more registers a number
+    return _STRADDLING if base.bits == 3 or base.layout == "nf4" else _PACKED
 
 
 def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor:
     """As `dequantize.dequantize`, for float32, bfloat16 and float16."""
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    launch(weight, codes, None, config_for(codes, codes.shape))
+    launch(weight, codes, None, config_for(codes))
     return weight
 
 

@@ -23,7 +23,7 @@ def added(base: Codes | Tensor | None, values: Tensor, places: Places, *, scale:
     weight = torch.empty(places.shape, dtype=dtype, device=values.device)
     base = base.contiguous() if isinstance(base, Tensor) else base
     entries = (values.contiguous(), places, scale) if len(places) else None
-    launch(weight, base, entries, config_for(base, places.shape))
+    launch(weight, base, entries, config_for(base))
     return weight
 
 

@@ -103,7 +103,7 @@ def _transform(x: Tensor, add: Tensor | None, transpose: bool, backend: Requeste
     if choose_transform(backend, size=x.shape[-1], dtype=x.dtype, device=x.device).name == "triton":
         from qwha_cli.kernels import wht_triton
 
-        return wht_triton.wht(x, add, transpose=transpose, tiles=tiles_for(x.shape[-1], x.dtype))
+        return wht_triton.wht(x, add, transpose=transpose, tiles=tiles_for(x.shape[-1]))
     # a CPU multiplies float32 faster than half precision in matrices this small, and rounds once instead of three times
     dtype = torch.float32 if x.dtype in _HALF and x.device.type == "cpu" else x.dtype
     add = None if add is None else add.to(dtype)

@@ -1,7 +1,7 @@
 """How the Triton kernel of the transform cuts a row, and which sizes it takes.
 
 A block of b numbers is seen as (a, t, q), H_b = (A ⊗ S_t ⊗ S_q) / sqrt(b): A = base ⊗ S is multiplied on the tensor cores, S_t is
-done in additions between registers, and q, contiguous in memory, inside a tile. The cut is a function of size and dtype alone and
+done in additions between registers, and q, contiguous in memory, inside a tile. The cut is a function of the size alone and
 is measured beforehand (benchmarks/bench_wht.py), never at run time: equal inputs give equal bits on equal cards.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from qwha_cli.kernels.hadamard import plan
 
-# a row stays in registers between its load and its store; numbers with their padding, of 16 bits
+# a row stays in registers between its load and its store; numbers with their padding
 _LARGEST_PROGRAM = 32768
 # above it, products with 64 rows of A at once need more registers than there are
 _LARGEST_WIDE_PROGRAM = 16384
@@ -23,7 +23,7 @@ _SMALLEST_PROGRAM = 4096
 _LARGEST_OUTER = 256
 # a product on the tensor cores sums at least 16 numbers
 _SMALLEST_PRODUCT = 16
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ class Tiles:
 def unfit(size: int, dtype: torch.dtype) -> str | None:
     """Why the Triton kernel does not take rows of this size and dtype; None if it does.
 
-    It takes bfloat16, float16 and float32 whose Hadamard block has a base of at most 256 and fits, padded, into the registers of
-    a program: 32,768 numbers, half as many of float32.
+    It takes bfloat16 and float16 whose Hadamard block has a base of at most 256 and fits, padded, into the registers of a program:
+    32,768 numbers. Float32, whose sums the tensor cores cut off rather than round, is left to torch: only merging and
+    calibration ask for it.
 
     Raises:
         KernelError: size < 1.
@@ -85,19 +86,18 @@ def unfit(size: int, dtype: torch.dtype) -> str | None:
         return f"the transform of rows of {size} changes nothing"
     if chosen.base > _LARGEST_OUTER:
         return f"rows of {size} have a base of order {chosen.base}, the Triton kernel of wht takes up to {_LARGEST_OUTER}"
-    held, limit = tiles_for(size, dtype).held, _LARGEST_PROGRAM * 2 // dtype.itemsize
-    if held > limit:
-        return f"rows of {size} take {held} registers with their padding, a program of the Triton kernel of wht has {limit}"
+    held = tiles_for(size).held
+    if held > _LARGEST_PROGRAM:
+        return f"rows of {size} take {held} registers with their padding, a program of the Triton kernel of wht has {_LARGEST_PROGRAM}"
     return None
 
 
 @lru_cache(maxsize=1024)
-def tiles_for(size: int, dtype: torch.dtype) -> Tiles:
-    """The cut of a size and dtype that are not `unfit`."""
+def tiles_for(size: int) -> Tiles:
+    """The cut of a size that is not `unfit`."""
     chosen = plan(size)
     wide = _cut(chosen.base, chosen.log2, 64)
-    # float32 is three operands, but of few rows at once
-    return wide if wide.held * dtype.itemsize <= _LARGEST_WIDE_PROGRAM * 2 else _cut(chosen.base, chosen.log2, 32)
+    return wide if wide.held <= _LARGEST_WIDE_PROGRAM else _cut(chosen.base, chosen.log2, 32)
 
 
 def _cut(base: int, log2: int, largest_outer: int) -> Tiles:

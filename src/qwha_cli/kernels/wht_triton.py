@@ -7,7 +7,6 @@ A row of b numbers is seen as (a, t, q), H_b = (A ⊗ S_t ⊗ S_q) / sqrt(b), S 
     3. over a   Aᵀ X on the tensor cores, in chunks of rows and columns so that an a that is no power of two is padded little
 
 Between 2 and 3 the numbers are rounded to the dtype of x, as between the two products of the torch form; entries of ±1 are exact.
-Float32 goes into products as the sum of three bfloat16, which is exact and twice as fast as three TF32 parts.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ def wht(x: Tensor, add: Tensor | None, *, transpose: bool, tiles: Tiles) -> Tens
         _transform[(min(groups, tiles.programs or groups),)](
             x, x if add is None else add.contiguous(), out, left, right, rows, 1 / (math.sqrt(tiles.block) * middle),
             OUTER=tiles.outer, TILES=tiles.tiles, INNER=tiles.inner, CHUNK=tiles.chunk, ROWS=tiles.rows,
-            DOT=tiles.way == "dot", ADD=add is not None, MIDDLE=middle,
-            NUM_PIECES=3 if x.dtype != operand == torch.bfloat16 else 1, num_warps=tiles.warps, num_stages=tiles.stages,
+            DOT=tiles.way == "dot", ADD=add is not None, MIDDLE=middle, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out
 
@@ -100,32 +98,13 @@ def _between(tiles, COUNT: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _pieces(tile, dtype: tl.constexpr):
-    """A tile as operands whose sum it is: float32 in three bfloat16 of eight bits each, which is exact."""
-    if tile.dtype == tl.float32 and dtype == tl.bfloat16:
-        high = tile.to(tl.bfloat16)
-        rest = tile - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        pieces = (high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16))
-    else:
-        pieces = (tile.to(dtype),)
-    return pieces
-
-
-@triton.jit
-def _inner(
-    x_ptr, right, at, mask,
-    TILES: tl.constexpr, INNER: tl.constexpr, DOT: tl.constexpr, NUM_PIECES: tl.constexpr,
-):  # fmt: skip
+def _inner(x_ptr, right, at, mask, TILES: tl.constexpr, INNER: tl.constexpr, DOT: tl.constexpr):
     """A chunk's tiles, loaded and transformed over q and t, in float32."""
     done = ()
     for t in tl.static_range(TILES):
         tile = tl.load(x_ptr + at + t * INNER, mask=mask, other=0.0)
         if DOT:
-            pieces = _pieces(tile, right.dtype)
-            tile = tl.dot(pieces[0], right)
-            for p in tl.static_range(1, NUM_PIECES):
-                tile = tl.dot(pieces[p], right, tile)
+            tile = tl.dot(tile.to(right.dtype), right)
         else:
             tile = _exchange(tile.to(tl.float32), INNER)
         done += (tile,)
@@ -137,7 +116,7 @@ def _inner(
 def _transform(
     x_ptr, add_ptr, out_ptr, left_ptr, right_ptr, rows, last,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    DOT: tl.constexpr, ADD: tl.constexpr, MIDDLE: tl.constexpr, NUM_PIECES: tl.constexpr,
+    DOT: tl.constexpr, ADD: tl.constexpr, MIDDLE: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
@@ -160,13 +139,11 @@ def _transform(
         for c in tl.static_range(chunks):
             at = start + c * (CHUNK * TILES * INNER) + place
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
-            done = _inner(x_ptr, right, at, mask, TILES, INNER, DOT, NUM_PIECES)
+            done = _inner(x_ptr, right, at, mask, TILES, INNER, DOT)
             for t in tl.static_range(TILES):
                 if OUTER > 1:
                     scaled = done[t] * MIDDLE if MIDDLE != 1 else done[t]
-                    pieces = _pieces(scaled, operand)
-                    for p in tl.static_range(NUM_PIECES):
-                        parts += (tl.reshape(pieces[p], [CHUNK, ROWS * INNER]),)
+                    parts += (tl.reshape(scaled.to(operand), [CHUNK, ROWS * INNER]),)
                 else:
                     parts += (done[t],)
         for c in tl.static_range(chunks):
@@ -177,8 +154,7 @@ def _transform(
                     result = tl.zeros([CHUNK, ROWS * INNER], tl.float32)
                     for k in tl.static_range(chunks):
                         piece = left if chunks == 1 else tl.load(left_ptr + (c * chunks * CHUNK + k) * CHUNK + corner)
-                        for p in tl.static_range(NUM_PIECES):
-                            result = tl.dot(piece, parts[(k * TILES + t) * NUM_PIECES + p], result)
+                        result = tl.dot(piece, parts[k * TILES + t], result)
                     result = tl.reshape(result, [CHUNK * ROWS, INNER])
                 result *= last
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
