@@ -72,9 +72,9 @@ class Tiles:
 def unfit(size: int, dtype: torch.dtype) -> str | None:
     """Why the Triton kernel does not take rows of this size and dtype; None if it does.
 
-    It takes bfloat16 and float16 whose Hadamard block has a base of at most 256 and fits, padded, into the registers of a program:
-    32,768 numbers. Float32, whose sums the tensor cores cut off rather than round, is left to torch: only merging and
-    calibration ask for it.
+    It takes bfloat16 and float16 whose Hadamard block has a base of at most 256 and fits, padded, into the registers of a
+    program: 32,768 numbers. Float32 is left to torch, because the tensor cores cut sums off rather than round them; only merging
+    and calibration ask for it.
 
     Raises:
         KernelError: size < 1.
@@ -88,7 +88,8 @@ def unfit(size: int, dtype: torch.dtype) -> str | None:
         return f"rows of {size} have a base of order {chosen.base}, the Triton kernel of wht takes up to {_LARGEST_OUTER}"
     held = tiles_for(size).held
     if held > _LARGEST_PROGRAM:
-        return f"rows of {size} take {held} registers with their padding, a program of the Triton kernel of wht has {_LARGEST_PROGRAM}"
+        limit = f"a program of the Triton kernel of wht has {_LARGEST_PROGRAM}"
+        return f"rows of {size} take {held} registers with their padding, {limit}"
     return None
 
 
