@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from qwha_cli.data.tokenize import Encoded
@@ -184,6 +185,24 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path
     assert untimed(tmp_path / "straight" / "metrics.jsonl") == untimed(tmp_path / "broken" / "metrics.jsonl")
     ends = [list_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("straight", "broken")]
     assert (ends[0] / "tensors.safetensors").read_bytes() == (ends[1] / "tensors.safetensors").read_bytes()
+
+
+def test_moments_of_eight_bits_train_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    # large enough tensors for bitsandbytes to keep their moments in 8 bits
+    def wide() -> nn.Module:
+        torch.manual_seed(7)
+        return get_peft_model(tiny_llama(), LoraConfig(r=96, target_modules=["q_proj"], init_lora_weights=False))
+
+    few = examples(4)
+    straight, result = fit(tmp_path / "a", wide(), data=few, optimizer="adamw8bit")
+    assert result.last_loss < result.first_loss
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "b", wide(), data=few, optimizer="adamw8bit", interrupted=after_steps(3))
+    resumed, _ = fit(tmp_path / "b", wide(), data=few, optimizer="adamw8bit")
+    assert equal(values(straight), values(resumed))
+    saved = load_file(list_checkpoints(tmp_path / "b" / "checkpoints")[-1] / "tensors.safetensors")
+    kinds = {tensor.dtype for name, tensor in saved.items() if name.startswith("state1/")}
+    assert kinds == {torch.uint8}
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ class TrainSection(Section):
     ] = "cosine"
     warmup: Annotated[Fraction, Field(description="Part of the steps in which the learning rate rises.")] = 0.03
     weight_decay: Annotated[NotNegative, Field(description="AdamW's weight decay.")] = 0.0
+    optimizer: Annotated[
+        Literal["adamw", "adamw8bit"], Field(description="`adamw8bit` keeps its moments in 8 bits: a quarter of their memory.")
+    ] = "adamw"
     clip: Annotated[Positive | None, Field(description="Largest norm of the gradient; null for none.")] = 1.0
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], Field(description="Arithmetic of the forward; adapter values stay float32.")

@@ -117,6 +117,7 @@ def _settings(recipe: Recipe, pad_id: int, *, shard: torch.device | None) -> Tra
         warmup=t.warmup,
         weight_decay=t.weight_decay,
         clip=t.clip,
+        optimizer=t.optimizer,
         precision=t.precision,
         kernels=t.kernels,
         checkpointing=t.checkpointing or shard is not None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
 from typing import cast
 
@@ -68,7 +68,9 @@ class Engine:
         self.parameters = trained_parameters(model)
         if not self.parameters:
             raise UsageError("the model has no parameter to train", where="train", remedy="add an adapter before training")
-        self.optimizer = build_optimizer(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer = build_optimizer(
+            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, name=settings.optimizer
+        )
         self.precision = choose_precision(settings.precision, device=self.device)
         self.kernels = choose_kernels(settings.kernels, model=_bare(model), device=self.device)
         self._head: FusedHead | None = None
@@ -120,8 +122,12 @@ class Engine:
                 bucket_cap_mb=_BUCKET_MB,
             )
 
-    def gradient(self, batches: StepBatches) -> tuple[float, float, int]:
+    def gradient(self, batches: StepBatches, *, meanwhile: Callable[[], None] = lambda: None) -> tuple[float, float, int]:
         """Accumulate a step's gradient over its forwards and the ranks, and clip it.
+
+        Args:
+            batches: This rank's part of the step.
+            meanwhile: Called when a GPU has been given all its work and before its results are waited for.
 
         Returns:
             The step's loss, the gradient's norm before clipping, and the tokens read; all over every rank.
@@ -144,6 +150,7 @@ class Engine:
                 total += loss.detach().double()
             clip = self.settings.clip if self.settings.clip is not None else math.inf
             norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)
+            meanwhile()
         return float(self._sum(total)) / batches.answers, float(norm), batches.tokens
 
     def update(self, lr: float) -> None:
@@ -199,7 +206,10 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        if self.device.type != "cuda":
+            return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        # from pageable memory a copy would wait for the device
+        return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _sum(self, tensor: Tensor) -> Tensor:
         if self.ranks == 1:

@@ -16,7 +16,7 @@ from torch import nn
 
 from qwha_cli.data.tokenize import Encoded
 from qwha_cli.errors import DataError, Interrupted, NumericsError
-from qwha_cli.training.batches import Batches, stream_seed
+from qwha_cli.training.batches import Batches, StepBatches, stream_seed
 from qwha_cli.training.checkpoint import CheckpointState, list_checkpoints, load_latest, remove_drafts, save_checkpoint
 from qwha_cli.training.engine import Engine
 from qwha_cli.training.metrics import MetricsLog, ProgressSink, StepMetrics, ValidationPoint, read_metrics
@@ -112,6 +112,7 @@ class _Run:
         self.main = engine.rank == 0
         self.notes: list[str] = []
         self.wall_s = 0.0
+        self._ahead: tuple[int, StepBatches] | None = None
         self.ranks_before = engine.ranks
 
     def resume(self, identity: str) -> int:
@@ -160,7 +161,9 @@ class _Run:
             schedule=self.settings.schedule,
             warmup=self.settings.warmup,
         )
-        loss, norm, tokens = self.engine.gradient(batches.step(index))
+        number, ready = self._ahead or (None, None)
+        step = ready if ready is not None and number == index else batches.step(index)
+        loss, norm, tokens = self.engine.gradient(step, meanwhile=lambda: self._prepare(batches, index + 1))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(index + 1, loss=loss, norm=norm, lr=lr)
         self.engine.update(lr)
@@ -178,6 +181,10 @@ class _Run:
             )
             self.log.append(metrics)
             self.progress.step(metrics)
+
+    def _prepare(self, batches: Batches, index: int) -> None:
+        """Collate a step while the device works on the one before."""
+        self._ahead = (index, batches.step(index)) if index < self.total_steps else None
 
     def validate(self, encoded: Sequence[Encoded], *, after: int = 0) -> None:
         """Score the held-out examples, if there are any and they are asked for."""

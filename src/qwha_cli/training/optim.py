@@ -1,5 +1,8 @@
 """AdamW over the trained values, the learning rate as a pure function of the step, and the optimizer's state as plain tensors.
 
+`adamw8bit` is bitsandbytes' AdamW: both moments in blocks of 8-bit numbers, a quarter of the memory of their float32. The values
+themselves stay float32.
+
 No scheduler object: the rate of step s follows from s and the settings alone, so nothing of it needs saving. The state is
 written and read under the parameters' names, not their order, so that a checkpoint of another model cannot be taken in silently.
 """
@@ -8,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from qwha_cli.errors import ArtifactError
 
+OptimizerName = Literal["adamw", "adamw8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 VALUES = "values"
 
@@ -24,9 +28,16 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float, name: OptimizerName = "adamw"
+) -> torch.optim.Optimizer:
     """AdamW (betas 0.9 and 0.999, eps 1e-8) over `parameters`; the fused kernel on CUDA, where it saves one launch a tensor."""
     tensors = list(parameters.values())
+    if name == "adamw8bit":
+        # seconds to import, and nothing else of training needs it
+        from bitsandbytes.optim import AdamW8bit
+
+        return cast(torch.optim.Optimizer, AdamW8bit(tensors, lr=lr, weight_decay=weight_decay))
     fused = all(tensor.device.type == "cuda" for tensor in tensors)
     return torch.optim.AdamW(tensors, lr=lr, weight_decay=weight_decay, fused=fused)
 
@@ -60,11 +71,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def training_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Values and optimizer state as `KIND/NAME` -> tensor on the CPU; KIND is `values`, `exp_avg`, `exp_avg_sq` or `step`."""
+    """Values and optimizer state as `KIND/NAME` -> tensor on the CPU; KIND is `values` or what the optimizer calls its own."""
     tensors = {f"{VALUES}/{name}": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for kind, tensor in optimizer.state.get(parameter, {}).items():
-            tensors[f"{kind}/{name}"] = tensor.detach().cpu().contiguous()
+            # bitsandbytes counts its steps in a plain number; tables that parameters share are written for each
+            tensors[f"{kind}/{name}"] = torch.as_tensor(tensor).detach().cpu().contiguous().clone()
     return tensors
 
 
@@ -91,11 +103,14 @@ def restore_tensors(
             where=where,
             remedy="delete the checkpoint folder to train from the start",
         )
-    state: dict[int, dict[str, Tensor]] = {}
+    plain_steps = not isinstance(optimizer, torch.optim.AdamW)
+    state: dict[int, dict[str, Tensor | int]] = {}
     for index, (name, parameter) in enumerate(parameters.items()):
         with torch.no_grad():
             parameter.copy_(tensors[f"{VALUES}/{name}"])
         of_name = {key.partition("/")[0]: tensor for key, tensor in tensors.items() if key.partition("/")[2] == name}
-        state[index] = {kind: tensor for kind, tensor in of_name.items() if kind != VALUES}
+        state[index] = {
+            kind: int(tensor) if kind == "step" and plain_steps else tensor for kind, tensor in of_name.items() if kind != VALUES
+        }
     # load_state_dict moves the moments to each parameter's device; only `state` is ours, the groups stay as built.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

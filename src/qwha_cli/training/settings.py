@@ -9,7 +9,7 @@ import torch
 
 from qwha_cli.models.liger import Kernels
 from qwha_cli.training.metrics import ValidationPoint
-from qwha_cli.training.optim import Schedule
+from qwha_cli.training.optim import OptimizerName, Schedule
 from qwha_cli.training.precision import Precision
 
 
@@ -31,6 +31,7 @@ class TrainSettings:
         warmup: Below 1 a share of all steps, else a number of steps.
         weight_decay: AdamW's, decoupled.
         clip: Largest gradient norm; None for no clipping.
+        optimizer: Whose moments are float32 or of 8 bits.
         precision: Arithmetic of the forward and backward passes.
         kernels: Whose norms, activations, rotations and loss.
         checkpointing: Recompute activations in the backward pass instead of keeping them.
@@ -53,6 +54,7 @@ class TrainSettings:
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip: float | None = 1.0
+    optimizer: OptimizerName = "adamw"
     precision: Precision = "auto"
     kernels: Kernels = "auto"
     checkpointing: bool = False
