@@ -31,7 +31,7 @@ def gather(matrix: Tensor, places: Places, *, scale: float) -> Tensor:
     """Scale times the matrix at F's places, float32 (nnz,)."""
     rows, columns = places.shape
     found = torch.empty(len(places), dtype=torch.float32, device=matrix.device)
-    _gather[(triton.cdiv(rows, _ROWS),)](
+    _gather[(-(-rows // _ROWS),)](
         matrix.contiguous(), places.row_starts, places.columns, found, scale, rows, columns,
         ROWS=_ROWS, SLOTS=_SLOTS, num_warps=4,
     )  # fmt: skip

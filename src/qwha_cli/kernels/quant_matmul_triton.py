@@ -39,7 +39,7 @@ def quant_matmul(
     """As `quant_matmul.quant_matmul`, with F and its values, and how to cut the work where the rule shall not say it."""
     (tokens, in_features), out_features, unit = z.shape, base.shape[0], Unit.of(base)
     config = config or default_config(base, tokens=tokens, entries=0 if sparse is None else len(sparse[0]))
-    units = triton.cdiv(in_features, unit.size)
+    units = -(-in_features // unit.size)
     # codes of one row lie side by side in nf4: there, inputs in this order are side by side too
     arranged = tokens > 1 or in_features % unit.size > 0 or base.layout == "nf4"
     dense_input = _arrange(z, unit.size) if arranged else z.contiguous()
@@ -51,8 +51,8 @@ def quant_matmul(
     starts, columns, values = (None, None, None) if sparse is None else (sparse[0].row_starts, sparse[0].columns, sparse[1])
     codes = base.codes.view(-1).view(torch.int32) if base.layout == "nf4" and unit.size == 8 else base.codes
     dependent = {"launch_pdl": True} if config.early else {}
-    per_slice = triton.cdiv(triton.cdiv(units, config.units), config.slices) * config.units
-    _multiply[(triton.cdiv(out_features, config.outputs), parts)](
+    per_slice = -(-(-(-units // config.units)) // config.slices) * config.units
+    _multiply[(-(-out_features // config.outputs), parts)](
         dense_input, sparse_input, codes, base.scales, base.zeros,
         starts, columns, values, bias if parts == 1 else None, sums,
         out_features, tokens, units, per_slice, 0 if base.layout == "nf4" else base.codes.shape[0], base.zeros.shape[-1],
@@ -64,7 +64,7 @@ def quant_matmul(
         STAGES=config.stages, EARLY=config.early, num_warps=config.warps, **dependent,
     )  # fmt: skip
     if parts > 1:
-        _add_up[(triton.cdiv(tokens * out_features, _REDUCED),)](
+        _add_up[(-(-tokens * out_features // _REDUCED),)](
             sums, bias, result, out_features, tokens * out_features, parts, PADDED=triton.next_power_of_2(parts),
             BLOCK=_REDUCED, EARLY=config.early, num_warps=4, **dependent,
         )  # fmt: skip

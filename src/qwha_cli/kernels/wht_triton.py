@@ -35,7 +35,7 @@ def wht(x: Tensor, add: Tensor | None, *, transpose: bool, tiles: Tiles) -> Tens
     left, right = _matrices(tiles, operand, x.device, transpose)
     # a power of two halfway keeps float16 in range; the others have range enough
     middle = 2.0 ** -((tiles.tiles * tiles.inner).bit_length() // 2) if x.dtype == torch.float16 and tiles.outer > 1 else 1.0
-    groups = triton.cdiv(rows, tiles.rows)
+    groups = -(-rows // tiles.rows)
     # x may lie on another device than the current one
     with torch.cuda.device_of(x):
         _transform[(min(groups, tiles.programs or groups),)](
