@@ -25,6 +25,7 @@ from qwha_cli.adapters.provenance import base_fingerprint, hadamard_digests
 from qwha_cli.adapters.spectral.config import SpectralConfig
 from qwha_cli.adapters.spectral.model import spectral_layers
 from qwha_cli.errors import ArtifactError, KernelError, ModelError
+from qwha_cli.kernels import effective_weight, spectral_linear
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from support.adapted import dense_delta, fill, quantize_model, random_sparse
 from support.tiny_model import tiny_llama
@@ -275,6 +276,25 @@ def test_settings_for_all_layers_reach_every_layer() -> None:
     model(IDS, labels=IDS).loss.backward()
     memory = [layer.qwha_values["default"].grad for layer in spectral_layers(model).values()]
     assert all(torch.equal(one, other) for one, other in zip(speed, memory, strict=True))
+
+
+def test_speed_builds_a_weight_once_until_its_values_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built().train()
+    set_keep(model, "speed")
+    made: list[object] = []
+    build = effective_weight.build_weight
+    for module in (effective_weight, spectral_linear):
+        monkeypatch.setattr(module, "build_weight", lambda *a: made.append(a) or build(*a))
+    layers = spectral_layers(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # two forwards a step, and their backward passes
+        model(IDS, labels=IDS).loss.backward()
+    assert len(made) == len(layers)
+    optimizer.step()
+    model(IDS, labels=IDS).loss.backward()
+    assert len(made) == 2 * len(layers)
+    model.eval()
+    assert all(len(layer._weights) == 0 for layer in layers.values())
 
 
 def test_a_config_filled_for_one_model_still_serves_another() -> None:

@@ -33,7 +33,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         base_layer: The layer to adapt; it is kept as it is, bias included.
 
     Attributes:
-        keep: Whether the backward pass computes the dense weight again ("memory") or finds it kept ("speed").
+        keep: Whether every pass computes the dense weight again ("memory") or finds it kept until values change ("speed").
         backend: Which implementation of the kernels the layer asks for.
         merge_dtype: Of the dense weight that a quantized layer makes way for when adapters are merged.
 
@@ -166,8 +166,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._weights.clear()
 
     def train(self, mode: bool = True) -> AdaptedLinear:
-        """As nn.Module.train; training drops the evaluation weight."""
-        if mode:
+        """As nn.Module.train; drops the weights that were kept, but in eval mode those that `cache_weights` wants."""
+        # what training kept would not be used again, and what evaluation keeps must not outlive it
+        if mode or not self._caching:
             self._weights.clear()
         return super().train(mode)
 

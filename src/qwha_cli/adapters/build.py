@@ -23,6 +23,7 @@ from qwha_cli.adapters.low_rank.model import LowRankModel, use_our_layers
 from qwha_cli.adapters.peft_bridge import register
 from qwha_cli.adapters.provenance import base_fingerprint, check_base
 from qwha_cli.adapters.spectral.config import SpectralConfig, Store, store_dtype
+from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.adapters.spectral.model import SpectralModel
 from qwha_cli.errors import ArtifactError, ModelError
 from qwha_cli.kernels.backend import Choice, Requested, choose
@@ -207,9 +208,17 @@ def cache_weights(model: nn.Module, on: bool) -> None:
 
 
 def set_keep(model: nn.Module, keep: Keep) -> None:
-    """Choose for all layers whether backward computes the dense weight again ("memory") or keeps it ("speed")."""
-    for layer in _adapted_layers(model).values():
+    """Choose for all layers whether passes compute dense weights again ("memory") or keep them until values change ("speed").
+
+    Beside a LoRA, and without an adapter, it is the base's own dense weight that is kept.
+    """
+    layers = _adapted_layers(model).values()
+    for layer in layers:
         layer.keep = keep
+    with_sum = {id(layer.base_layer) for layer in layers if isinstance(layer, SpectralLinear)}
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and id(module) not in with_sum:
+            module.keep_dense = keep == "speed"
 
 
 def set_backend(model: PreTrainedModel | PeftModel, backend: Requested) -> Choice:

@@ -51,7 +51,8 @@ def quant_matmul(
     starts, columns, values = (None, None, None) if sparse is None else (sparse[0].row_starts, sparse[0].columns, sparse[1])
     codes = base.codes.view(-1).view(torch.int32) if base.layout == "nf4" and unit.size == 8 else base.codes
     dependent = {"launch_pdl": True} if config.early else {}
-    per_slice = -(-(-(-units // config.units)) // config.slices) * config.units
+    tiles = -(-units // config.units)
+    per_slice = -(-tiles // config.slices) * config.units
     _multiply[(-(-out_features // config.outputs), parts)](
         dense_input, sparse_input, codes, base.scales, base.zeros,
         starts, columns, values, bias if parts == 1 else None, sums,

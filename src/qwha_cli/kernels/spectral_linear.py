@@ -40,6 +40,7 @@ def spectral_linear(
     keep: Keep = "memory",
     transform: Transform = "wht",
     backend: Requested = "auto",
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Apply the adapted layer.
 
@@ -54,6 +55,8 @@ def spectral_linear(
         keep: What the backward pass finds: the inputs only, or also the dense weight.
         transform: `identity` puts F into the weight domain itself; only for basis "weight".
         backend: Which implementation builds the weight.
+        weight: The effective weight (out, in) in the base's basis and the dtype of the computation, where a caller who calls more
+            than once with the same values has it already; None to build it.
 
     Returns:
         (..., out), computed in the autocast dtype where autocast is on for x's device, else in x's dtype.
@@ -71,7 +74,7 @@ def spectral_linear(
     with torch.autocast(x.device.type, enabled=False):
         z = basis_input(x, dtype, basis=basis, backend=backend)
         how = (scale, basis == "hadamard" or transform == "identity", keep, backend)
-        result: Tensor = _SpectralLinear.apply(z, values, bias, base, places, how)
+        result: Tensor = _SpectralLinear.apply(z, values, bias, base, places, how, weight)
     return result
 
 
@@ -100,9 +103,11 @@ class _SpectralLinear(torch.autograd.Function):
         base: Codes | Tensor,
         places: Places,
         how: tuple[float, bool, Keep, Requested],
+        weight: Tensor | None,
     ) -> Tensor:
         scale, plain, keep, backend = how
-        weight = build_weight(base, values, places, z.dtype, scale, plain, backend)
+        if weight is None:
+            weight = build_weight(base, values, places, z.dtype, scale, plain, backend)
         ctx.base, ctx.places, ctx.how = base, places, how
         ctx.save_for_backward(values, z, weight if keep == "speed" else None)
         return torch.nn.functional.linear(z, weight, bias)
@@ -115,7 +120,7 @@ class _SpectralLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # a caller may run the backward pass inside autocast too
         with torch.autocast(grad_outputs[0].device.type, enabled=False):
-            return *_gradients(ctx, grad_outputs[0]), None, None, None
+            return *_gradients(ctx, grad_outputs[0]), None, None, None, None
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # noqa: ANN401

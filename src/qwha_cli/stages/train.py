@@ -20,7 +20,6 @@ from qwha_cli.data.tokenize import Encoded, encode
 from qwha_cli.errors import DataError
 from qwha_cli.models.load import load_tokenizer
 from qwha_cli.quant.checkpoint import load_base
-from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.recipe.schema import Recipe
 from qwha_cli.recipe.train_section import AnswersSection, TrainDataSection
 from qwha_cli.report.plots import loss_curve
@@ -47,10 +46,6 @@ def run(context: StageContext) -> dict[str, object]:
     if shard is None:
         model.to(context.device)
     set_keep(model, settings.keep)
-    if settings.keep == "speed":
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.keep_dense = True
     outcome = train(
         model,
         encoded,

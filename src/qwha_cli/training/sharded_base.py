@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qwha_cli.adapters.adapted_linear import AdaptedLinear
 from qwha_cli.errors import UsageError
 from qwha_cli.models.targets import decoder_blocks
 from qwha_cli.quant.linear import QuantizedLinear
@@ -115,14 +116,14 @@ class ShardedBase:
         parts: list[Tensor] = []
         start = 0
         for layer in module.modules():
-            if not isinstance(layer, QuantizedLinear):
-                continue
-            if layer.keep_dense:
+            if isinstance(layer, AdaptedLinear) and layer.keep == "speed":
                 raise UsageError(
                     "a base that is split over the GPUs has no dense weights to keep",
                     where="train.keep",
                     remedy="set train.keep=memory, or do not shard: configs/accelerate/ddp.yaml",
                 )
+            if not isinstance(layer, QuantizedLinear):
+                continue
             for name, tensor in layer.packed().tensors.items():
                 size = tensor.numel() * tensor.element_size()
                 padded = -(-size // _ALIGNMENT) * _ALIGNMENT

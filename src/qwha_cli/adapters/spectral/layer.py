@@ -188,7 +188,13 @@ class SpectralLinear(AdaptedLinear):
             keep=self.keep,
             transform=transform,
             backend=self.backend,
+            weight=self._kept(names, transform, dtype) if self.keep == "speed" else None,
         )
+
+    def _kept(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
+        """The dense weight, made once for all forward and backward passes until an optimizer moves the values."""
+        sources = [self.qwha_values[name] for name in names]
+        return self._weights.get((dtype, names), sources, lambda: self._effective(names, transform, dtype))
 
     def _forward_few(self, x: Tensor, names: tuple[str, ...], transform: Transform, base: Codes, dtype: torch.dtype) -> Tensor:
         """A few tokens while generating: straight from the codes."""
@@ -212,9 +218,8 @@ class SpectralLinear(AdaptedLinear):
 
     def _forward_cached(self, x: Tensor, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
         # the same steps as in spectral_linear, so that the result is the same to the bit
-        sources = [self.qwha_values[name] for name in names]
         with torch.autocast(x.device.type, enabled=False):
-            weight = self._weights.get((dtype, names), sources, lambda: self._effective(names, transform, dtype))
+            weight = self._kept(names, transform, dtype)
             bias = cast("Tensor | None", self.bias)
             z = basis_input(x, dtype, basis=self.basis, backend=self.backend)
             return F.linear(z, weight, None if bias is None else bias.to(dtype))
