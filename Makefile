@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Everything that decides what is installed; a change here installs again.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test check format bench-gpu clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,18 @@ check: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Needs a CUDA device and the extra `gpu`; about ten minutes. Lines go to results/, the pictures and words of docs/results/speed.md do not
+# change by themselves.
+bench-gpu: setup
+	mkdir -p results
+	$(BIN)/python benchmarks/bench_wht.py check
+	$(BIN)/python benchmarks/bench_wht.py run --out results/wht.jsonl
+	$(BIN)/python benchmarks/bench_effective_weight.py run --check --out results/effective-weight.jsonl
+	$(BIN)/python benchmarks/bench_quant_matmul.py run --check --out results/quant-matmul.jsonl
+	$(BIN)/python benchmarks/bench_step.py run --out results/step.jsonl
+	$(BIN)/python benchmarks/bench_decode.py --out results/decode.jsonl
+	$(BIN)/python benchmarks/bench_step.py table results/step.jsonl
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache

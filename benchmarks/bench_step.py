@@ -176,6 +176,9 @@ def run(a: argparse.Namespace) -> None:
             started = time.monotonic()
             step = Step(ROWS[name](a), length=a.length, liger=a.loss == "liger", device=a.device)
             built = round(time.monotonic() - started, 1)
+            # what building left behind is not the model's
+            gc.collect()
+            torch.cuda.empty_cache()
             resident = torch.cuda.memory_allocated() / 2**30
             for case in a.cases.split(","):
                 batch, checkpointing = CASES[case]
