@@ -1,6 +1,6 @@
 """The picture of docs/results/speed.md: where the GPU's time in a step goes.
 
-    python benchmarks/plot_speed.py docs/results/data/profile.json docs/results/profile.png
+python benchmarks/plot_speed.py docs/results/data/profile.json docs/results/profile.png
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def main(source: str, out: str) -> None:
         axis.tick_params(colors=FAINT, labelsize=9)
     axes[0].invert_yaxis()
     figure.suptitle(
-        f"{found['row']}, {found['shape']}, {found['device']}, commit {found['commit']}", x=0.01, ha="left", fontsize=9, color=FAINT
+        f"{found['row']}, {found['shape']}, {found['device']}, commit {found['commit']}",
+        x=0.01,
+        ha="left",
+        fontsize=9,
+        color=FAINT,
     )
     figure.tight_layout()
     figure.savefig(out)

@@ -29,6 +29,7 @@ from qwha_cli.kernels import effective_weight, spectral_linear
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from support.adapted import dense_delta, fill, quantize_model, random_sparse
 from support.tiny_model import tiny_llama
+from support.triton import HAS_TRITON
 
 IDS = torch.arange(22).reshape(2, 11)
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"
@@ -305,14 +306,20 @@ def test_a_config_filled_for_one_model_still_serves_another() -> None:
         assert counts == {2 * 2 * width}
 
 
-def test_the_backend_reaches_every_quantized_layer_and_its_choice_is_told() -> None:
+def test_the_backend_reaches_every_quantized_layer_and_its_choice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built()
-    assert set_backend(model, "torch").reason == "asked for"
+    assert set_backend(model, "torch", dtype=torch.float32) == ("layers' weights by torch: asked for",)
     layers = [module for module in model.modules() if hasattr(module, "backend")]
     # two adapted layers, and all that are quantized
     assert len(layers) == 2 + 3 * 7
     assert all(layer.backend == "torch" for layer in layers)
     with pytest.raises(KernelError, match="run on CUDA devices, not on cpu"):
-        set_backend(model, "triton")
+        set_backend(model, "triton", dtype=torch.float32)
     assert all(layer.backend == "torch" for layer in layers)
-    assert set_backend(model, "auto").name == "torch"
+    assert "by torch: Triton kernels run on CUDA devices" in set_backend(model, "auto", dtype=torch.float32)[0]
+    # what would be said of sizes that its transform does not take
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if HAS_TRITON:
+        weights, *transforms = set_backend(model, "auto", dtype=torch.float32)
+        assert "by triton" in weights
+        assert [text.partition(" by torch")[0] for text in transforms] == ["transform of 48 numbers", "transform of 80 numbers"]

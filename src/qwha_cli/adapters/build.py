@@ -26,11 +26,12 @@ from qwha_cli.adapters.spectral.config import SpectralConfig, Store, store_dtype
 from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.adapters.spectral.model import SpectralModel
 from qwha_cli.errors import ArtifactError, ModelError
-from qwha_cli.kernels.backend import Choice, Requested, choose
+from qwha_cli.kernels.backend import Requested, choose
 from qwha_cli.kernels.effective_weight import OP
 from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.spectral_linear import Keep
+from qwha_cli.kernels.wht import choose_transform
 from qwha_cli.quant.linear import QuantizedLinear
 
 ADAPTER = "default"
@@ -221,17 +222,32 @@ def set_keep(model: nn.Module, keep: Keep) -> None:
             module.keep_dense = keep == "speed"
 
 
-def set_backend(model: PreTrainedModel | PeftModel, backend: Requested) -> Choice:
+def set_backend(
+    model: PreTrainedModel | PeftModel, backend: Requested, *, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[str, ...]:
     """Choose for all layers, adapted or only quantized, which implementation of the kernels they ask for.
 
+    Args:
+        model: The model.
+        backend: What is asked for.
+        dtype: In which the layers will compute.
+        device: Where; None for where the model is.
+
     Returns:
-        What builds the layers' weights on the model's device, and why.
+        A sentence on what builds the layers' weights and why, and one for each size whose transform is left to torch beside it.
 
     Raises:
         KernelError: `triton` was asked for, and cannot run there.
     """
-    choice = choose(backend, op=OP, device=model.device)
+    device = device or model.device
+    choice = choose(backend, op=OP, device=device)
+    sizes: set[int] = set()
     for module in model.modules():
         if isinstance(module, AdaptedLinear | QuantizedLinear):
             module.backend = backend
-    return choice
+            sizes.add(module.in_features)
+    found = [f"layers' weights by {choice.name}: {choice.reason}"]
+    if choice.name == "triton":
+        transforms = {size: choose_transform("auto", size=size, dtype=dtype, device=device) for size in sorted(sizes)}
+        found += [f"transform of {n} numbers by torch: {t.reason}" for n, t in transforms.items() if t.name == "torch"]
+    return tuple(found)

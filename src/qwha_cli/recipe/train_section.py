@@ -79,6 +79,10 @@ class TrainSection(Section):
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], Field(description="Arithmetic of the forward; adapter values stay float32.")
     ] = "auto"
+    backend: Annotated[
+        Literal["auto", "torch", "triton"],
+        Field(description="Of the adapted layers' kernels: Triton's where they run (`auto`), or plain torch."),
+    ] = "auto"
     kernels: Annotated[
         Literal["auto", "torch", "liger"],
         Field(

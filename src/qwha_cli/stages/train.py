@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qwha_cli import catalog
-from qwha_cli.adapters.build import load_adapter, save_adapter, set_keep
+from qwha_cli.adapters.build import load_adapter, save_adapter, set_backend, set_keep
 from qwha_cli.data.example import Example
 from qwha_cli.data.split import train_validation
 from qwha_cli.data.tokenize import Encoded, encode
@@ -27,6 +27,7 @@ from qwha_cli.stages.context import StageContext
 from qwha_cli.stages.plan import FOLDERS
 from qwha_cli.stages.ranks import own_ranks
 from qwha_cli.training.loop import TrainSettings, train
+from qwha_cli.training.precision import choose_precision
 
 
 def run(context: StageContext) -> dict[str, object]:
@@ -46,6 +47,10 @@ def run(context: StageContext) -> dict[str, object]:
     if shard is None:
         model.to(context.device)
     set_keep(model, settings.keep)
+    device = shard or context.device
+    dtype = choose_precision(settings.precision, device=device).autocast or context.dtype
+    for sentence in set_backend(model, settings.backend, dtype=dtype, device=device):
+        context.note(sentence)
     outcome = train(
         model,
         encoded,
