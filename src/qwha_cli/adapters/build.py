@@ -239,8 +239,8 @@ def set_backend(
     Raises:
         KernelError: `triton` was asked for, and cannot run there.
     """
-    device = device or model.device
-    choice = choose(backend, op=OP, device=device)
+    where = device if device is not None else next(model.parameters()).device
+    choice = choose(backend, op=OP, device=where)
     sizes: set[int] = set()
     for module in model.modules():
         if isinstance(module, AdaptedLinear | QuantizedLinear):
@@ -248,6 +248,6 @@ def set_backend(
             sizes.add(module.in_features)
     found = [f"layers' weights by {choice.name}: {choice.reason}"]
     if choice.name == "triton":
-        transforms = {size: choose_transform("auto", size=size, dtype=dtype, device=device) for size in sorted(sizes)}
+        transforms = {size: choose_transform("auto", size=size, dtype=dtype, device=where) for size in sorted(sizes)}
         found += [f"transform of {n} numbers by torch: {t.reason}" for n, t in transforms.items() if t.name == "torch"]
     return tuple(found)
