@@ -71,7 +71,9 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
 def test_ctrl_c_exits_130_with_a_line_and_no_traceback(tmp_path: Path) -> None:
     # the runner is replaced by one that waits: the signal, the boundary and the exit code are the real ones
     code = """
-import sys, time, types
+import signal, sys, time, types
+# as in a terminal; a shell's background job, which the tests may be, is born deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 runner = types.ModuleType("qwha_cli.stages.runner")
 def run_stages(recipe, **options):
     print("waiting", flush=True)
