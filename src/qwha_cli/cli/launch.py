@@ -20,10 +20,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from qwha_cli.errors import Interrupted, QwhaError, RanksError, UsageError
-from qwha_cli.recipe.schema import Recipe
 from qwha_cli.stages.ranks import FAILURE_FILE, own_ranks
+
+if TYPE_CHECKING:
+    # a quarter of a second, which help need not wait for
+    from qwha_cli.recipe.schema import Recipe
 
 # A step and its checkpoint should be done by then; afterwards the processes are killed.
 _STOP_S = 600
