@@ -12,10 +12,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from qwha_cli.models.liger import FusedHead
 
@@ -37,13 +39,15 @@ class TokenLosses:
 
 def accepts_logits_to_keep(model: nn.Module) -> bool:
     """Whether the causal model under any wrapper (peft, DistributedDataParallel) can compute logits at chosen places only."""
-    inner = model
-    if isinstance(inner, nn.parallel.DistributedDataParallel):
-        inner = inner.module
+    forward = getattr(causal_model(model), "forward")  # noqa: B009 - typed as Any on purpose
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers under its wrappers (peft, DistributedDataParallel)."""
+    inner: object = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     get_base_model = getattr(inner, "get_base_model", None)
-    if callable(get_base_model):
-        inner = get_base_model()
-    return "logits_to_keep" in inspect.signature(getattr(inner, "forward")).parameters  # noqa: B009 - typed as Any on purpose
+    return cast(PreTrainedModel, get_base_model() if callable(get_base_model) else inner)
 
 
 def token_losses(model: nn.Module, batch: Mapping[str, Tensor], *, narrow: bool | None = None) -> TokenLosses:

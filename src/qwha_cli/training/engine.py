@@ -13,19 +13,17 @@ import math
 import resource
 from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
-from typing import cast
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.tokenize import Encoded
 from qwha_cli.errors import RanksError, ResourceError, UsageError
 from qwha_cli.models.liger import FusedHead, apply_to_layers, choose_kernels, fused_head
-from qwha_cli.models.token_loss import count_labelled, summed_loss
+from qwha_cli.models.token_loss import causal_model, count_labelled, summed_loss
 from qwha_cli.training.batches import StepBatches
 from qwha_cli.training.optim import build_optimizer, restore_tensors, set_learning_rate, trained_parameters, training_tensors
 from qwha_cli.training.precision import autocasting, choose_precision
@@ -61,7 +59,7 @@ class Engine:
         self.device: torch.device = (self.state.device or target) if self.ranks > 1 else target
         self._sharded: ShardedBase | None = None
         if settings.shard_on is not None and self.ranks > 1:
-            self._sharded = ShardedBase(_bare(model), rank=self.rank, ranks=self.ranks, device=self.device)
+            self._sharded = ShardedBase(causal_model(model), rank=self.rank, ranks=self.ranks, device=self.device)
         self.model = model.to(self.device)
         self.wrapped: nn.Module = model
         self.settings = settings
@@ -72,10 +70,10 @@ class Engine:
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, name=settings.optimizer
         )
         self.precision = choose_precision(settings.precision, device=self.device)
-        self.kernels = choose_kernels(settings.kernels, model=_bare(model), device=self.device)
+        self.kernels = choose_kernels(settings.kernels, model=causal_model(model), device=self.device)
         self._head: FusedHead | None = None
         if self.kernels.layers:
-            apply_to_layers(_bare(model))
+            apply_to_layers(causal_model(model))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -85,7 +83,7 @@ class Engine:
 
         The caller's random state is left as it was.
         """
-        base = _bare(self.model)
+        base = causal_model(self.model)
         if self.settings.checkpointing:
             # the re-entrant form would need a gradient on the frozen embeddings' output
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
@@ -170,9 +168,10 @@ class Engine:
         self.model.eval()
         with torch.no_grad(), self._explained(), autocasting(self.precision.autocast, device=self.device):
             for start in range(0, len(mine), size):
-                batch = self._on_device(pad_batch(mine[start : start + size], pad_id=self.settings.pad_id))
-                sums[0] += summed_loss(self.model, batch, head=self._head).double()
+                batch = pad_batch(mine[start : start + size], pad_id=self.settings.pad_id)
+                # counted before it goes to a GPU, which would be waited for
                 sums[1] += count_labelled(batch["labels"])
+                sums[0] += summed_loss(self.model, self._on_device(batch), head=self._head).double()
             if self._sharded is not None:
                 # whoever has fewer batches still has to give the others its part of every block
                 most = -(-len(ordered[:: self.ranks]) // size)
@@ -242,12 +241,6 @@ class Engine:
                 remedy="lower train.batch_size (raise train.accumulation to keep the step), set train.checkpointing=true, "
                 "or lower train.max_length; checkpoints are kept",
             ) from error
-
-
-def _bare(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers in a peft model."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return cast(PreTrainedModel, get_base_model() if callable(get_base_model) else model)
 
 
 def _lost_contact(error: BaseException) -> bool:
