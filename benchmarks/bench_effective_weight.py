@@ -181,7 +181,7 @@ def tune(report: Report, workers: int) -> None:
                 fields = {"shape": shape, "kind": kind, "chosen": config == chosen, **asdict(config)}
                 found.append(report.line(microseconds(calls), moved, show=False, **fields))
             found.sort(key=lambda record: float(str(record["us"])))
-            for record in [*found[:2], *(r for r in found[2:] if r["chosen"]), next(r for r in found if r["split"])]:
+            for record in [*found[:2], *(r for r in found[2:] if r["chosen"])]:
                 print(json.dumps(record), flush=True)
 
 

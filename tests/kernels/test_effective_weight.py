@@ -142,7 +142,7 @@ def cut_otherwise(codes: Codes) -> None:
     places = places_on(codes.shape, str(codes.device))
     values = numbers(len(places), dtype=torch.float32).to(codes.device) * 0.05
     expected = effective_weight(codes, values, places, basis="hadamard", scale=0.3, dtype=torch.float32, backend="torch")
-    for config in (Config(8, 32, 64), Config(32, 64, 0, stages=2), Config(16, 128, 128, split=True)):
+    for config in (Config(8, 32, 64), Config(32, 64, 0, stages=2), Config(16, 128, 128)):
         weight = torch.full_like(expected, torch.nan)
         launch(weight, codes, (values, places, 0.3), config)
         assert torch.equal(weight, expected), config

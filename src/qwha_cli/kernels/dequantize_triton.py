@@ -32,7 +32,6 @@ class Config:
         span: Columns of a program, a multiple of `columns`; 0 for all.
         warps: Of a program.
         stages: Tiles whose loads are under way at once.
-        split: Tiles and entries by two launches, not one.
     """
 
     rows: int = 8
@@ -40,7 +39,6 @@ class Config:
     span: int = 512
     warps: int = 4
     stages: int = 1
-    split: bool = False
 
 
 CANDIDATES: tuple[Config, ...] = (
@@ -53,7 +51,6 @@ CANDIDATES: tuple[Config, ...] = (
         for span in (512, 1024, 2048, 0)
     ),
     *(Config(8, columns, 1024, 4, stages=stages) for columns in (256, 512) for stages in (2, 3)),
-    *(Config(rows, 256, span, 4, split=True) for rows in (8, 16) for span in (256, 1024)),
 )
 """What benchmarks/bench_effective_weight.py times; `config_for` takes from its results."""
 
@@ -88,29 +85,13 @@ def launch(weight: Tensor, base: Codes | Tensor | None, entries: tuple[Tensor, P
         entries: Values (nnz,) of F, their places and the factor on them, to be added; None for none.
         config: How.
     """
-    if entries is not None and config.split:
-        _launch(weight, base, entries, config, tiles=True, sparse=False)
-        _launch(weight, base, entries, config, tiles=False, sparse=True)
-    else:
-        _launch(weight, base, entries, config, tiles=True, sparse=entries is not None)
-
-
-def _launch(
-    weight: Tensor,
-    base: Codes | Tensor | None,
-    entries: tuple[Tensor, Places, float] | None,
-    config: Config,
-    *,
-    tiles: bool,
-    sparse: bool,
-) -> None:
     rows, columns = weight.shape
     # plain division: triton.cdiv is a kernel's function, and takes ten microseconds when Python calls it
-    span = config.span if tiles and 0 < config.span < columns else -(-columns // config.columns) * config.columns
+    span = config.span if 0 < config.span < columns else -(-columns // config.columns) * config.columns
     grid = (-(-rows // config.rows), -(-columns // span))
     lists = (weight, weight, weight, 0.0)
     slots = 16
-    if sparse and entries is not None:
+    if entries is not None:
         values, places, factor = entries
         lists = (values, places.span_starts(span), places.columns, factor)
         # somewhat more than lie in a row's span on average
@@ -124,7 +105,7 @@ def _launch(
     _write[grid](
         weight, *tensors, *lists, rows, columns, span,
         KIND=kind, BITS=bits, ZERO_BITS=zero_bits, GROUP=group, UNIT=min(group & -group, config.columns),
-        TILES=tiles, SPARSE=sparse,
+        SPARSE=entries is not None,
         ROWS=config.rows, COLUMNS=config.columns, SLOTS=slots, STAGES=config.stages,
         # a fused product and sum would round otherwise than torch
         num_warps=config.warps, enable_fp_fusion=False,
@@ -258,7 +239,7 @@ def _entries(values_ptr, columns_ptr, begin, end, start, factor, SLOTS: tl.const
 def _write(
     weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor, rows, columns, span,
     KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
-    TILES: tl.constexpr, SPARSE: tl.constexpr,
+    SPARSE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -269,19 +250,17 @@ def _write(
         begin = tl.load(range_ptr, mask=inside, other=0)
         end = tl.load(range_ptr + 1, mask=inside, other=0)
         mask, column, value = _entries(values_ptr, columns_ptr, begin, end, 0, factor, SLOTS)
-    if TILES:
-        first = tl.program_id(1) * span
-        for start in tl.range(first, tl.minimum(first + span, columns), COLUMNS, num_stages=STAGES):
-            tile = _tile(
-                base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns,
-                KIND, BITS, ZERO_BITS, GROUP, UNIT, COLUMNS,
-            )  # fmt: skip
-            at = start + tl.arange(0, COLUMNS)[None, :]
-            tile_ptr = weight_ptr + row.to(tl.int64) * columns + at
-            tl.store(tile_ptr, tile.to(weight_ptr.dtype.element_ty), mask=inside & (at < columns))
-    if TILES and SPARSE:
-        tl.debug_barrier()
+    first = tl.program_id(1) * span
+    for start in tl.range(first, tl.minimum(first + span, columns), COLUMNS, num_stages=STAGES):
+        tile = _tile(
+            base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns,
+            KIND, BITS, ZERO_BITS, GROUP, UNIT, COLUMNS,
+        )  # fmt: skip
+        at = start + tl.arange(0, COLUMNS)[None, :]
+        tile_ptr = weight_ptr + row.to(tl.int64) * columns + at
+        tl.store(tile_ptr, tile.to(weight_ptr.dtype.element_ty), mask=inside & (at < columns))
     if SPARSE:
+        tl.debug_barrier()
         most = tl.max(end - begin)
         for start in range(0, most, SLOTS):
             value += _at(base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns, KIND, BITS, ZERO_BITS, GROUP)
