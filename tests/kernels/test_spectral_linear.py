@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.codes import Codes
-from qwha_cli.kernels.effective_weight import build_weight
+from qwha_cli.kernels.effective_weight import build_weight, effective_weight
 from qwha_cli.kernels.hadamard import dense
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.spectral_linear import spectral_linear
@@ -45,6 +45,13 @@ class Layer:
         return (base + spectrum) @ matrix.T if basis == "hadamard" else base + spectrum @ matrix.T
 
 
+def kept(keep: str, layer: Layer, values: torch.Tensor, basis: str) -> torch.Tensor | None:
+    """What a caller hands in who keeps the weight."""
+    if keep == "memory":
+        return None
+    return effective_weight(layer.base, values.detach(), PLACES, basis=basis, scale=0.7, dtype=torch.float64)
+
+
 def inputs(*shape: int, grad: bool = True) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_(grad)
 
@@ -68,9 +75,9 @@ def test_gradients_of_inputs_values_and_bias_are_exact(kind: str, basis: str, ke
     layer = Layer(kind=kind)
 
     def apply(x: torch.Tensor, values: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
-        return spectral_linear(
-            x, values, base=layer.base, places=PLACES, basis=basis, scale=0.7, bias=bias[0] if bias else None, keep=keep
-        )
+        weight = kept(keep, layer, values, basis)
+        how = {"base": layer.base, "places": PLACES, "basis": basis, "scale": 0.7, "weight": weight}
+        return spectral_linear(x, values, bias=bias[0] if bias else None, **how)
 
     arguments = (inputs(1, tokens, IN), inputs(6)) + ((inputs(OUT),) if biased else ())
     assert torch.autograd.gradcheck(apply, arguments)
@@ -112,7 +119,8 @@ def test_checkpointing_changes_no_gradient(basis: str, keep: str) -> None:
     layer = Layer()
 
     def apply(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return spectral_linear(x, values, base=layer.base, places=PLACES, basis=basis, scale=1.0, bias=None, keep=keep).square()
+        how = {"base": layer.base, "places": PLACES, "basis": basis, "scale": 0.7, "weight": kept(keep, layer, values, basis)}
+        return spectral_linear(x, values, bias=None, **how).square()
 
     grads = []
     for call in (
@@ -129,10 +137,31 @@ def test_checkpointing_changes_no_gradient(basis: str, keep: str) -> None:
 
 
 @pytest.mark.parametrize("basis", BASES)
+def test_checkpointing_does_not_compute_the_last_product_of_a_block_again(monkeypatch: pytest.MonkeyPatch, basis: str) -> None:
+    layer, x, values = Layer(kind="codes"), inputs(3, IN), inputs(6)
+    products = 0
+    linear = torch.nn.functional.linear
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal products
+        products += 1
+        return linear(*arguments)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        how = {"base": layer.base, "places": PLACES, "basis": basis, "scale": 1.0, "bias": None}
+        hidden = spectral_linear(x, values, **how)
+        return x + torch.nn.functional.pad(spectral_linear(torch.nn.functional.pad(hidden, (0, 2)), values, **how), (0, 2))
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert products == 3
+
+
+@pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize(
-    ("keep", "x_grad", "calls", "weights"), [("memory", True, 2, 0), ("speed", True, 1, 1), ("memory", False, 1, 0)]
+    ("keep", "x_grad", "calls", "weights"), [("memory", True, 2, 0), ("speed", True, 0, 1), ("memory", False, 1, 0)]
 )
-def test_memory_builds_the_weight_again_where_it_is_needed_and_speed_keeps_it(
+def test_the_weight_is_built_again_where_it_is_needed_and_one_that_is_handed_in_is_kept(
     monkeypatch: pytest.MonkeyPatch, basis: str, keep: str, x_grad: bool, calls: int, weights: int
 ) -> None:
     built: list[torch.dtype] = []
@@ -144,10 +173,11 @@ def test_memory_builds_the_weight_again_where_it_is_needed_and_speed_keeps_it(
 
     monkeypatch.setattr("qwha_cli.kernels.spectral_linear.build_weight", counted)
     layer, x, values = Layer(kind="codes"), inputs(3, IN, grad=x_grad), inputs(6)
+    weight = kept(keep, layer, values, basis)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
         z = wht(x)
         only_transform = list(saved)
-        y = spectral_linear(x, values, base=layer.base, places=PLACES, basis=basis, scale=1.0, bias=None, keep=keep)
+        y = spectral_linear(x, values, base=layer.base, places=PLACES, basis=basis, scale=0.7, bias=None, weight=weight)
     y.sum().backward()
     assert len(built) == calls
     # the values, the inputs in the codes' basis and what the transform itself keeps, which are its factors

@@ -89,9 +89,38 @@ def test_the_head_comes_back_after_an_error() -> None:
 
 @pytest.mark.gpu
 @needs_liger
+def test_a_head_that_is_trained_keeps_its_logits() -> None:
+    model = tiny_llama()
+    assert "trains its head" in choose_kernels("auto", model=model, device=torch.device("cuda")).reason
+    model.get_output_embeddings().requires_grad_(False)
+    assert choose_kernels("auto", model=model, device=torch.device("cuda")).loss
+
+
+@pytest.mark.gpu
+@needs_liger
+@pytest.mark.parametrize("tokens", [1, 255, 700])
+def test_the_loss_without_logits_is_that_of_float64_logits(tokens: int) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(96, 1003, bias=True).cuda().requires_grad_(False)
+    hidden = torch.randn(tokens, 96, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 1003, (tokens,), device="cuda")
+    targets[::7] = -100
+    loss = FusedHead(head).summed_loss(hidden, targets)
+    (loss / 3).backward()
+    exact = hidden.detach().double().requires_grad_()
+    logits = torch.nn.functional.linear(exact, head.weight.double(), head.bias.double())
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+    (expected / 3).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@needs_liger
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2])
 def test_liger_computes_the_same_loss_and_gradients(build: type) -> None:
     plain, fast = build().cuda(), build().cuda()
+    fast.get_output_embeddings().requires_grad_(False)
     choice = choose_kernels("auto", model=fast, device=torch.device("cuda"))
     assert choice.layers
     assert choice.loss

@@ -4,13 +4,15 @@
     basis "hadamard":  y = z (Q̂ + s F)ᵀ + b, z = x H   dF = s · dyᵀ z                       dz = dy W,  dx = dz Hᵀ
 
 The values' gradient is dF read at F's places. The dense effective weight W of every layer kept alive for the backward pass would
-cost as much as the unquantized model, so with keep="memory" the backward pass builds it again from the base, and only where
-inputs want a gradient; keep="speed" saves it. The base gets no gradient. z is made by a differentiable operation before, so that
-layers with the same input can share it. Paper §3.1; the weight-side form costs one product of the tokens, not two.
+cost as much as the unquantized model, so the backward pass builds it again from the base, and only where inputs want a gradient;
+a caller who has it already hands it in, and it is used twice. The base gets no gradient. z is made by a differentiable
+operation before, so that layers with the same input can share it. Paper §3.1; the weight-side form costs one product of the
+tokens, not two.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -37,7 +39,6 @@ def spectral_linear(
     basis: Basis,
     scale: float,
     bias: Tensor | None,
-    keep: Keep = "memory",
     transform: Transform = "wht",
     backend: Requested = "auto",
     weight: Tensor | None = None,
@@ -52,11 +53,10 @@ def spectral_linear(
         basis: Where the base's codes live.
         scale: Factor s of the adapter.
         bias: (out,) or None.
-        keep: What the backward pass finds: the inputs only, or also the dense weight.
         transform: `identity` puts F into the weight domain itself; only for basis "weight".
         backend: Which implementation builds the weight.
-        weight: The effective weight (out, in) in the base's basis and the dtype of the computation, where a caller who calls more
-            than once with the same values has it already; None to build it.
+        weight: The effective weight (out, in) in the base's basis and the dtype of the computation, where the caller has it and
+            keeps it; None to build it in each pass and keep nothing dense.
 
     Returns:
         (..., out), computed in the autocast dtype where autocast is on for x's device, else in x's dtype.
@@ -73,8 +73,9 @@ def spectral_linear(
     bias = bias.to(dtype) if bias is not None else None
     with torch.autocast(x.device.type, enabled=False):
         z = basis_input(x, dtype, basis=basis, backend=backend)
-        how = (scale, basis == "hadamard" or transform == "identity", keep, backend)
-        result: Tensor = _SpectralLinear.apply(z, values, bias, base, places, how, weight)
+        how = _How(base, places, scale, basis == "hadamard" or transform == "identity", backend)
+        promise: Tensor = _Gradients.apply(z, values, bias, weight, how)
+        result: Tensor = _Product.apply(promise, z, values, bias, weight, how)
     return result
 
 
@@ -91,26 +92,32 @@ def basis_input(x: Tensor, dtype: torch.dtype, *, basis: Basis, backend: Request
     return shared_wht(x, dtype=dtype, backend=transform_backend(backend)) if basis == "hadamard" else x.to(dtype)
 
 
-class _SpectralLinear(torch.autograd.Function):
-    """The formulas of the module's docstring, from z on."""
+@dataclass(frozen=True, eq=False)
+class _How:
+    """What both halves of the layer know besides tensors that may want a gradient."""
+
+    base: Codes | Tensor
+    places: Places
+    scale: float
+    plain: bool
+    backend: Requested
+
+    def weight(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return build_weight(self.base, values, self.places, dtype, self.scale, self.plain, self.backend)
+
+
+class _Gradients(torch.autograd.Function):
+    """All of the layer's backward pass; forward computes nothing and returns a promise of y, an empty tensor of its shape.
+
+    Checkpointing computes a block again until it has met the last tensor that was saved. This function saves all that the layer
+    needs before the product runs, so that the block's last product, the widest of all, is not computed a second time for nothing.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        z: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        base: Codes | Tensor,
-        places: Places,
-        how: tuple[float, bool, Keep, Requested],
-        weight: Tensor | None,
-    ) -> Tensor:
-        scale, plain, keep, backend = how
-        if weight is None:
-            weight = build_weight(base, values, places, z.dtype, scale, plain, backend)
-        ctx.base, ctx.places, ctx.how = base, places, how
-        ctx.save_for_backward(values, z, weight if keep == "speed" else None)
-        return torch.nn.functional.linear(z, weight, bias)
+    def forward(ctx: Any, z: Tensor, values: Tensor, bias: Tensor | None, weight: Tensor | None, how: _How) -> Tensor:  # noqa: ANN401
+        ctx.how = how
+        ctx.save_for_backward(values, z, weight)
+        return z.new_empty(()).expand(*z.shape[:-1], how.places.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -120,24 +127,45 @@ class _SpectralLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # a caller may run the backward pass inside autocast too
         with torch.autocast(grad_outputs[0].device.type, enabled=False):
-            return *_gradients(ctx, grad_outputs[0]), None, None, None, None
+            return *_gradients(ctx, grad_outputs[0]), None, None
+
+
+class _Product(torch.autograd.Function):
+    """y = z Wᵀ + b. Saves nothing: the gradient of y goes to whom promised it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        promise: Tensor,
+        z: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        how: _How,
+    ) -> Tensor:
+        return torch.nn.functional.linear(z, how.weight(values, z.dtype) if weight is None else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
+        return grad_outputs[0], None, None, None, None, None
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # noqa: ANN401
     """Gradients of z, values and bias, each None when not needed."""
     values, z, weight = ctx.saved_tensors
-    scale, plain, _, backend = ctx.how
+    how: _How = ctx.how
     dz = dvalues = dbias = None
     rows = dy.reshape(-1, dy.shape[-1])
     if ctx.needs_input_grad[0]:
         if weight is None:
-            weight = build_weight(ctx.base, values, ctx.places, z.dtype, scale, plain, backend)
+            weight = how.weight(values, z.dtype)
         dz = dy @ weight
         # freed before the values' gradient, which is as large
         del weight
     if ctx.needs_input_grad[1]:
-        spectrum = _spectrum_gradient(rows, z.reshape(-1, z.shape[-1]), plain=plain, backend=transform_backend(backend))
-        dvalues = gather_entries(spectrum, ctx.places, scale=scale, backend=backend).to(values.dtype)
+        spectrum = _spectrum_gradient(rows, z.reshape(-1, z.shape[-1]), plain=how.plain, backend=transform_backend(how.backend))
+        dvalues = gather_entries(spectrum, how.places, scale=how.scale, backend=how.backend).to(values.dtype)
     if ctx.needs_input_grad[2]:
         dbias = rows.sum(dim=0)
     return dz, dvalues, dbias

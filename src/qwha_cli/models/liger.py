@@ -13,10 +13,11 @@ import contextlib
 import importlib.util
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from qwha_cli.errors import UsageError
@@ -65,10 +66,12 @@ def choose_kernels(requested: Kernels, *, model: nn.Module, device: torch.device
         return KernelsChoice(False, False, f"layers between the linear ones by transformers: {lacking}")
     config = getattr(model, "config", None)
     layers = _knows(getattr(config, "model_type", ""))
-    odd = [name for name in _AFTER_THE_HEAD if getattr(config, name, None) not in (None, 1, 1.0)]
+    odd = [f"has {name}" for name in _AFTER_THE_HEAD if getattr(config, name, None) not in (None, 1, 1.0)]
+    if _trains_its_head(model):
+        odd.append("trains its head")
     parts = [
         "Liger's norms, activations and rotations" if layers else "transformers' layers: Liger does not know this architecture",
-        f"logits in full: the model has {odd[0]}" if odd else "Liger's fused loss",
+        f"logits in full: the model {odd[0]}" if odd else "a loss without logits, with Liger's kernel",
     ]
     return KernelsChoice(layers, not odd, "; ".join(parts))
 
@@ -97,31 +100,75 @@ class FusedHead(nn.Module):
         return hidden
 
     def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Minus the summed log-probabilities of tokens.
+        """Minus the summed log-probabilities of tokens. Never waits for the device.
 
         Args:
             hidden: (n, hidden), floating, on a CUDA device; where autocast is on the product is computed in its dtype.
-            targets: (n,) int64.
+            targets: (n,) int64; places with -100 count nothing.
 
         Returns:
-            float32 scalar, nats; differentiable in `hidden`, and in the head's weight where that requires a gradient.
+            float32 scalar, nats; differentiable in `hidden` alone.
         """
-        from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction  # pyright: ignore
-
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        # Liger's memory unit: logits of so many numbers a token at once; by itself it takes 512 tokens in 32 parts
-        parts = -(-max(1, hidden.shape[0]) // _TOKENS_AT_ONCE)
-        budget = max(1, self.weight.shape[0] // (self.weight.shape[1] * parts))
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
         with torch.autocast(kind, enabled=False):
-            # positional: input, weight, target, bias, class weights, ignored label, z-loss, smoothing, reduction, cap, then
-            # switches for what is not wanted, and the budget
-            found = LigerFusedLinearCrossEntropyFunction.apply(
-                hidden.to(dtype), self.weight.to(dtype), targets, bias, None, -100, 0.0, 0.0, "sum", None,
-                False, None, False, False, False, None, None, budget,
-            )  # fmt: skip
-        return cast(Tensor, found[0] if isinstance(found, tuple) else found)
+            loss: Tensor = _FrozenHeadLoss.apply(hidden.to(dtype), self.weight.detach().to(dtype), bias, targets)
+        return loss
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The summed cross entropy of hidden Wᵀ + b, a few hundred tokens at a time, which leaves d loss / d hidden and nothing else.
+
+    Liger's own function of this kind asks the device how many labels count, though a sum does not need it: whoever waits for the
+    device cannot be captured in a CUDA graph. So only its kernel is taken, which turns logits into their gradient in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:  # noqa: ANN401
+        wanted: bool = ctx.needs_input_grad[0]
+        losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if wanted else None
+        for start in range(0, hidden.shape[0], _TOKENS_AT_ONCE):
+            part = slice(start, start + _TOKENS_AT_ONCE)
+            logits = hidden[part] @ weight.mT
+            if bias is not None:
+                logits += bias
+            _cross_entropy_in_place(logits, targets[part], losses[part], gradients=wanted)
+            if gradient is not None:
+                torch.mm(logits, weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:  # noqa: ANN401  # pyright: ignore
+        (gradient,) = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None, None
+        scaled = torch.empty_like(gradient)
+        for start in range(0, len(gradient), _TOKENS_AT_ONCE):
+            part = slice(start, start + _TOKENS_AT_ONCE)
+            # in float32: half precision would round the factor itself, 1 / number of tokens, the same way for every token
+            scaled[part] = gradient[part].float().mul_(grad_outputs[0])
+        return scaled, None, None, None
+
+
+def _cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, *, gradients: bool) -> None:
+    """Write the loss of every row, and put the gradient of its sum in the logits' place."""
+    from liger_kernel.ops.cross_entropy import MAX_FUSED_SIZE, liger_cross_entropy_kernel  # pyright: ignore
+
+    words = logits.shape[1]
+    liger_cross_entropy_kernel[(logits.shape[0],)](
+        X_ptr=logits, X_stride=logits.stride(0), Y_ptr=targets, Y_stride=targets.stride(0), weight_ptr=None,
+        loss_ptr=losses, z_loss_ptr=None, loss_stride=losses.stride(0),
+        token_accuracy_ptr=None, token_accuracy_stride=0, predicted_tokens_ptr=None, predicted_tokens_stride=0,
+        n_cols=words, n_non_ignore=1, sum_non_ignore_weight=1, weight_sum=0.0, ignore_index=-100,
+        lse_square_scale=0.0, label_smoothing=0.0, reduction="sum", softcap=None,
+        RETURN_Z_LOSS=False, RETURN_TOKEN_ACCURACY=False, RETURN_PREDICTED_TOKENS=False,
+        BLOCK_SIZE=min(MAX_FUSED_SIZE, 1 << (words - 1).bit_length()), HAS_WEIGHT=False, HAS_SOFTCAPPING=False,
+        HAS_GRADIENTS=gradients, num_warps=32,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -134,6 +181,11 @@ def fused_head(model: PreTrainedModel) -> Generator[FusedHead]:
         yield fused
     finally:
         model.set_output_embeddings(head)
+
+
+def _trains_its_head(model: nn.Module) -> bool:
+    head = cast("nn.Module | None", model.get_output_embeddings()) if isinstance(model, PreTrainedModel) else None
+    return head is not None and any(parameter.requires_grad for parameter in head.parameters())
 
 
 def _lacking(device: torch.device) -> str | None:

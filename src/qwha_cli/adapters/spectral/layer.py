@@ -3,13 +3,15 @@
     y = x W'ᵀ + b,    W' = Q̂ + α F Hᵀ  (nn.Linear, or codes in the weight basis)  or  (Q̂ + α F) Hᵀ  (codes in the Hadamard basis)
 
 On the layer lie, by adapter name, `qwha_values` float32 (nnz,) — the only trainable tensors — and their places as the stream of
-bytes `qwha_gaps` uint8, see kernels/gaps.py. Parameters are looked up at every call: peft re-creates them.
+bytes `qwha_gaps` uint8, see kernels/gaps.py. Parameters are looked up at every call: peft re-creates them. The stream is read when
+a layer is first used and when it is saved, so it stays in host memory whatever device the layer is on.
 
 This file does not decide which layers get an adapter (model.py) nor how many entries where (places.py, initializers).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -102,7 +104,7 @@ class SpectralLinear(AdaptedLinear):
         device = device_of(self.base_layer)
         # clone: rows is a value, training must not write into the caller's tensor
         self.qwha_values[adapter_name] = nn.Parameter(values.to(device, torch.float32).clone(), requires_grad=trainable)
-        self.qwha_gaps[adapter_name] = gaps.to(device)
+        self.qwha_gaps[adapter_name] = gaps.cpu()
         self._forget()
 
     @property
@@ -121,7 +123,7 @@ class SpectralLinear(AdaptedLinear):
         """Where the entries of one adapter lie, read anew from the stream."""
         gaps = cast(Tensor, self.qwha_gaps[adapter_name])
         try:
-            flat = decode_gaps(gaps, entries=len(self.qwha_values[adapter_name]), size=self._size)
+            flat = decode_gaps(gaps.to(device_of(self.base_layer)), entries=len(self.qwha_values[adapter_name]), size=self._size)
         except KernelError as error:
             raise ArtifactError(
                 f"the places of adapter {adapter_name} are damaged or were never loaded: {error.message}",
@@ -185,7 +187,6 @@ class SpectralLinear(AdaptedLinear):
             basis=self.basis,
             scale=scale,
             bias=self.bias,
-            keep=self.keep,
             transform=transform,
             backend=self.backend,
             weight=self._kept(names, transform, dtype) if self.keep == "speed" else None,
@@ -287,7 +288,15 @@ class SpectralLinear(AdaptedLinear):
         # float32 also where peft put the file's own bfloat16 tensor in the parameter's place
         moved = values.detach().to(target, torch.float32)
         self.qwha_values[adapter_name] = nn.Parameter(moved, requires_grad=values.requires_grad)
-        self.qwha_gaps[adapter_name] = cast(Tensor, self.qwha_gaps[adapter_name]).to(target)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralLinear:
+        """As nn.Module._apply, but the streams of places stay where they are."""
+        gaps = {name: cast(Tensor, tensor) for name, tensor in self.qwha_gaps.items()}
+        super()._apply(fn, recurse)
+        for name, tensor in gaps.items():
+            if tensor.device.type != "meta":
+                self.qwha_gaps[name] = tensor
+        return self
 
     def _forget(self) -> None:
         self._index.clear()
