@@ -3,8 +3,8 @@
     y = x W'ᵀ + b,    W' = Q̂ + α F Hᵀ  (nn.Linear, or codes in the weight basis)  or  (Q̂ + α F) Hᵀ  (codes in the Hadamard basis)
 
 On the layer lie, by adapter name, `qwha_values` float32 (nnz,) — the only trainable tensors — and their places as the stream of
-bytes `qwha_gaps` uint8, see kernels/gaps.py. Parameters are looked up at every call: peft re-creates them. The stream is read when
-a layer is first used and when it is saved, so it stays in host memory whatever device the layer is on.
+bytes `qwha_gaps` uint8, see kernels/gaps.py. Parameters are looked up at every call: peft re-creates them. The stream is read
+when a layer is first used and when it is saved, so it stays in host memory whatever device the layer is on.
 
 This file does not decide which layers get an adapter (model.py) nor how many entries where (places.py, initializers).
 """
