@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from qwha_cli.data.flatten import FlatShape
 from qwha_cli.data.tokenize import Encoded
 from qwha_cli.errors import ArtifactError, UsageError
 from qwha_cli.training.batches import Batches, epoch_order, stream_seed
@@ -51,6 +52,18 @@ def test_ranks_share_out_exactly_the_batch_of_one_process() -> None:
             joined = torch.cat([part.forwards[number]["input_ids"] for part in parts])
             assert torch.equal(joined, forward["input_ids"])
         assert {part.tokens for part in parts} == {whole.tokens} == {16}
+
+
+@pytest.mark.parametrize("pack_to", [None, 6])
+def test_flat_forwards_hold_the_sequences_of_padded_ones(pack_to: int | None) -> None:
+    how = {"batch_size": 2, "accumulation": 2, "seed": 5, "pad_id": 0, "pack_to": pack_to, "rank": 0, "ranks": 1}
+    side_by_side = Batches(DATA, **how).step(1)
+    flat = Batches(DATA, **how, flat=FlatShape(longest=2)).step(1)
+    assert (flat.answers, flat.tokens) == (side_by_side.answers, side_by_side.tokens)
+    for row, padded in zip(flat.forwards, side_by_side.forwards, strict=True):
+        assert torch.equal(row["input_ids"], padded["input_ids"].reshape(1, -1)[:, : row["input_ids"].numel()])
+        assert row["cu_seq_lens"].tolist() == list(range(0, row["input_ids"].numel() + 1, 2))
+    assert sum(len(row["targets"]) for row in flat.forwards) == flat.answers
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:

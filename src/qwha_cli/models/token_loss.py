@@ -4,7 +4,10 @@ Labels follow the transformers convention: `labels[i]` is the token at place i, 
 place i is read off place i - 1, so the label at place 0 is never scored. The vocabulary product, the widest matrix of a small
 model, runs only at places where some row of the batch has a label, and the softmax in fp32 only on labelled tokens.
 
-Does not reduce: sums, means and their normalisation belong to the callers.
+A flat batch (`data/flatten.py`, `models/varlen.py`) brings `places` and `targets` instead of labels: which tokens are scored was
+worked out where it was made, so `summed_loss` never waits for the device that the batch is on.
+
+Does not reduce: means and their normalisation belong to the callers.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class TokenLosses:
 
     Attributes:
         losses: (n,) fp32, nats, one entry a labelled token, differentiable.
-        rows: (n,) int64, the batch row each of them belongs to.
+        rows: (n,) int64, the batch row each of them belongs to; the sequence, if the batch is flat.
     """
 
     losses: Tensor
@@ -50,25 +53,34 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, get_base_model() if callable(get_base_model) else inner)
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, Tensor], *, narrow: bool | None = None) -> TokenLosses:
+def token_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], *, narrow: bool | None = None, longest: int | None = None
+) -> TokenLosses:
     """Run the model on a batch and return the loss of each labelled token.
 
     Args:
         model: A causal language model of transformers, possibly wrapped.
         batch: `input_ids` (rows, length) int64, `labels` of the same shape, and whatever else the forward takes
-            (`attention_mask`, `position_ids`), all on the model's device.
+            (`attention_mask`, `position_ids`), all on the model's device. Or a flat batch.
         narrow: Compute logits only where needed. None asks the model's signature; False forces full logits (the same numbers).
+        longest: Of a flat batch, and only of one: most tokens that a sequence may have.
 
     Returns:
         The losses in row-major order of the labels.
     """
+    if "cu_seq_lens" in batch:
+        logits, targets = _flat_logits(model, batch, narrow=narrow, longest=longest)
+        scored = targets != IGNORED
+        losses = functional.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
+        ends = batch["cu_seq_lens"][1:]
+        return TokenLosses(losses, rows=torch.searchsorted(ends, batch["places"][scored].to(ends.dtype), right=True))
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     targets = batch["labels"][:, 1:]
     if narrow is None:
         narrow = accepts_logits_to_keep(model)
     if narrow:
         places = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
-        logits: Tensor = model(**inputs, logits_to_keep=places, use_cache=False).logits
+        logits = model(**inputs, logits_to_keep=places, use_cache=False).logits
         targets = targets[:, places]
     else:
         logits = model(**inputs, use_cache=False).logits[:, :-1]
@@ -78,17 +90,24 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor], *, narrow: bool 
     return TokenLosses(losses=losses, rows=labelled.nonzero()[:, 0])
 
 
-def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, head: FusedHead | None) -> Tensor:
+def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, head: FusedHead | None, longest: int | None = None) -> Tensor:
     """The sum of `token_losses` over a batch.
 
     Args:
         model: As for `token_losses`.
         batch: As for `token_losses`.
         head: What stands in the place of the model's head, if something does: then logits are never made.
+        longest: As for `token_losses`.
 
     Returns:
         float32 scalar, nats; differentiable.
     """
+    if "cu_seq_lens" in batch:
+        if head is None:
+            logits, targets = _flat_logits(model, batch, narrow=None, longest=longest)
+            return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        states: Tensor = model(**_flat_inputs(batch, longest)).logits
+        return head.summed_loss(states.squeeze(0).index_select(0, batch["places"]), batch["targets"])
     if head is None:
         return token_losses(model, batch).losses.sum()
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -96,6 +115,33 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, head: FusedHea
     hidden: Tensor = model(**inputs, use_cache=False).logits[:, :-1]
     labelled = targets != IGNORED
     return head.summed_loss(hidden[labelled], targets[labelled])
+
+
+def _flat_logits(
+    model: nn.Module, batch: Mapping[str, Tensor], *, narrow: bool | None, longest: int | None
+) -> tuple[Tensor, Tensor]:
+    """The logits (L, words) at a flat batch's places, and its targets (L,)."""
+    inputs, places = _flat_inputs(batch, longest), batch["places"]
+    if accepts_logits_to_keep(model) if narrow is None else narrow:
+        logits: Tensor = model(**inputs, logits_to_keep=places).logits.squeeze(0)
+    else:
+        logits = model(**inputs).logits.squeeze(0).index_select(0, places)
+    return logits, batch["targets"]
+
+
+def _flat_inputs(batch: Mapping[str, Tensor], longest: int | None) -> dict[str, object]:
+    """What the forward of a model takes of a flat batch, under transformers' names."""
+    assert longest is not None, "a flat batch has to be run with the length that its sequences keep to"
+    lengths = batch["cu_seq_lens"]
+    return {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "cu_seq_lens_q": lengths,
+        "cu_seq_lens_k": lengths,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "use_cache": False,
+    }
 
 
 def count_labelled(labels: Tensor) -> int:

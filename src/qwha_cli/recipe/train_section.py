@@ -89,6 +89,12 @@ class TrainSection(Section):
             description="Norms, activations, rotations and loss: Liger's where they run (`auto`), or transformers' own (`torch`)."
         ),
     ] = "auto"
+    attention: Annotated[
+        Literal["auto", "varlen", "padded"],
+        Field(
+            description="Sequences end to end in one row, without padding, where that runs (`auto`), or side by side (`padded`)."
+        ),
+    ] = "auto"
     checkpointing: Annotated[bool, Field(description="Recompute activations in the backward: less memory, more time.")] = False
     keep: Annotated[
         Literal["memory", "speed"],

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qwha_cli.data.collate import IGNORED, PackedRow, pack, packed_batch, pad_batch
+from qwha_cli.data.flatten import FlatShape, flat_batch
 from qwha_cli.data.tokenize import Encoded
 from qwha_cli.errors import UsageError
 
@@ -49,6 +50,7 @@ class Batches:
         pack_to: Pack several examples into rows of so many tokens; None pads one example a row.
         rank: This process, of `ranks`.
         ranks: Processes in all.
+        flat: Lay the sequences of a forward end to end in one row of such a size, instead of side by side.
 
     Raises:
         UsageError: `batch_size` does not divide evenly among the ranks.
@@ -65,6 +67,7 @@ class Batches:
         pack_to: int | None,
         rank: int,
         ranks: int,
+        flat: FlatShape | None = None,
     ) -> None:
         check_split(batch_size, ranks=ranks)
         self.batch_size = batch_size
@@ -73,6 +76,7 @@ class Batches:
         self.pad_id = pad_id
         self.rank = rank
         self.ranks = ranks
+        self.flat = flat
         self.rows: list[Encoded] | list[PackedRow] = list(encoded) if pack_to is None else pack(list(encoded), length=pack_to)
 
     def total_steps(self, epochs: float) -> int:
@@ -97,6 +101,8 @@ class Batches:
         return self.rows[int(epoch_order(len(self.rows), seed=self.seed, epoch=epoch)[offset])]
 
     def _collate(self, rows: Sequence[Encoded | PackedRow]) -> dict[str, Tensor]:
+        if self.flat is not None:
+            return flat_batch(rows, pad_id=self.pad_id, shape=self.flat)
         packed = [row for row in rows if isinstance(row, PackedRow)]
         if packed:
             return packed_batch(packed, pad_id=self.pad_id)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qwha_cli.models.liger import Kernels
+from qwha_cli.models.varlen import Attention
 from qwha_cli.training.metrics import ValidationPoint
 from qwha_cli.training.optim import OptimizerName, Schedule
 from qwha_cli.training.precision import Precision
@@ -34,6 +35,7 @@ class TrainSettings:
         optimizer: Whose moments are float32 or of 8 bits.
         precision: Arithmetic of the forward and backward passes.
         kernels: Whose norms, activations, rotations and loss.
+        attention: Over sequences end to end without padding (`varlen`), or side by side (`padded`).
         checkpointing: Recompute activations in the backward pass instead of keeping them.
         save_every: Steps between checkpoints; None saves only at the end.
         validate_every: Steps between validations, which also happen before the first and after the last step; None for none.
@@ -57,6 +59,7 @@ class TrainSettings:
     optimizer: OptimizerName = "adamw"
     precision: Precision = "auto"
     kernels: Kernels = "auto"
+    attention: Attention = "auto"
     checkpointing: bool = False
     save_every: int | None = 50
     validate_every: int | None = None
