@@ -6,8 +6,8 @@
 
 Every call reads another copy of the weights, of as many as are larger than any cache. `graph_us` is a call inside a CUDA graph of
 all copies one after the other (timing.py), as generation runs it; `eager_us` the same without a graph, where Python's launches
-are the limit. `floor_us` is what reading codes, entries and inputs takes at the bandwidth of a large copy in the same run. --check
-compares each case with a float64 product first.
+are the limit. `floor_us` is what reading codes, entries and inputs takes at the bandwidth of a large copy in the same run.
+--check compares each case with a float64 product first.
 """
 
 from __future__ import annotations
