@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from bench_step import ROWS, Step, measure
 from machine import current_commit
-from sweeps import SHAPE, SWEEPS, Point, by_shape
+from sweeps import SHAPE, SWEEPS, Line, Point, by_shape
 from torch import nn
 
 DEFAULT_ROWS = ";".join(name for name in ROWS if name != "ours, hadamard, keep speed")
@@ -79,7 +79,7 @@ def take(model: nn.Module, point: Point, a: argparse.Namespace) -> dict[str, flo
     return {"ms": round(ms, 2), "peak_gib": round(peak, 3), "loss": round(loss, 4)}
 
 
-def write(line: dict[str, object], out: Path) -> None:
+def write(line: Line, out: Path) -> None:
     """Show a line and append it."""
     text = json.dumps(line)
     print(text, flush=True)

@@ -20,6 +20,7 @@ from typing import cast
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from results_csv import read_lines
 from sweeps import BATCHES, LENGTHS, SHAPE, SIZES, Line, Sweep, series
@@ -128,7 +129,7 @@ def draw(axis: Axes, panel: Panel, found: Mapping[str, Mapping[float, Line]], co
         axis.plot(places, values, color=colour[row], linewidth=width, marker="o", markersize=2.2 * width, clip_on=False)
         ends[row] = (places[-1], values[-1])
     _tick(axis, panel)
-    _name(axis, ends, colour)
+    _name(axis, ends, colour, last=max(panel.ticks))
 
 
 def is_ours(row: str) -> bool:
@@ -188,16 +189,17 @@ def _tick(axis: Axes, panel: Panel) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _name(axis: Axes, ends: Mapping[str, tuple[float, float]], colour: Mapping[str, str]) -> None:
-    """Each row's name right of the panel, with a thin line to where its curve ends, dotted where it ends before the others."""
+def _name(axis: Axes, ends: Mapping[str, tuple[float, float]], colour: Mapping[str, str], *, last: float) -> None:
+    """Each row's name right of the panel, with a thin line to where its curve ends, dotted where that is before the last place."""
     to_panel = axis.transData + axis.transAxes.inverted()
     spots = [to_panel.transform(end) for end in ends.values()]
     heights = spread([float(y) for _, y in spots], LABEL_GAP)
-    last = max((x for x, _ in ends.values()), default=0.0)
     for (row, end), (x, y), height in zip(ends.items(), spots, heights, strict=True):
         style = "-" if end[0] == last else ":"
-        thin = {"color": colour[row], "linewidth": 0.8, "linestyle": style, "clip_on": False, "transform": axis.transAxes}
-        axis.plot([float(x) + 0.012, 1.04, 1.055], [float(y), height, height], **thin)
+        xs, ys = [float(x) + 0.012, 1.04, 1.055], [float(y), height, height]
+        line = Line2D(xs, ys, color=colour[row], linewidth=0.8, linestyle=style, transform=axis.transAxes)
+        line.set_clip_on(False)
+        axis.add_artist(line)
         weight = "bold" if is_ours(row) else "normal"
         axis.text(1.065, height, row, color=colour[row], fontsize=9, va="center", weight=weight, transform=axis.transAxes)
 
