@@ -190,7 +190,7 @@ def _tick(axis: Axes, panel: Panel) -> None:
 
 
 def _name(axis: Axes, ends: Mapping[str, tuple[float, float]], colour: Mapping[str, str], *, last: float) -> None:
-    """Each row's name right of the panel, with a thin line to where its curve ends, dotted where that is before the last place."""
+    """Each row's name right of the panel, with a thin line to where its curve ends, dotted if that is before the last place."""
     to_panel = axis.transData + axis.transAxes.inverted()
     spots = [to_panel.transform(end) for end in ends.values()]
     heights = spread([float(y) for _, y in spots], LABEL_GAP)
