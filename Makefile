@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Everything that decides what is installed; a change here installs again.
 STAMP := $(VENV)/.installed
+# Where `make bench-gpu` writes; a folder of another machine or commit is refused.
+RESULTS ?= results
 
 .PHONY: setup demo test check format bench-gpu clean
 
@@ -35,17 +37,22 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Needs a CUDA device and the extra `gpu`; about ten minutes. Lines go to results/, the pictures and words of docs/results/speed.md do not
-# change by themselves.
+# Needs a CUDA device and the extra `gpu`; takes longest for the sweeps, which build some forty models. Lines of JSON, the same as CSV
+# with machine, versions and commit, pictures and tables go to results/; docs/results/speed.md does not change by itself. A second run
+# of the same commit on the same machine appends, and its lines count.
 bench-gpu: setup
-	mkdir -p results
+	$(BIN)/python benchmarks/machine.py --out $(RESULTS)/machine.json
 	$(BIN)/python benchmarks/bench_wht.py check
-	$(BIN)/python benchmarks/bench_wht.py run --out results/wht.jsonl
-	$(BIN)/python benchmarks/bench_effective_weight.py run --check --out results/effective-weight.jsonl
-	$(BIN)/python benchmarks/bench_quant_matmul.py run --check --out results/quant-matmul.jsonl
-	$(BIN)/python benchmarks/bench_step.py run --out results/step.jsonl
-	$(BIN)/python benchmarks/bench_decode.py --out results/decode.jsonl
-	$(BIN)/python benchmarks/bench_step.py table results/step.jsonl
+	$(BIN)/python benchmarks/bench_wht.py run --out $(RESULTS)/wht.jsonl
+	$(BIN)/python benchmarks/bench_effective_weight.py run --check --out $(RESULTS)/effective-weight.jsonl
+	$(BIN)/python benchmarks/bench_quant_matmul.py run --check --out $(RESULTS)/quant-matmul.jsonl
+	$(BIN)/python benchmarks/bench_step.py run --out $(RESULTS)/step.jsonl
+	$(BIN)/python benchmarks/bench_decode.py --out $(RESULTS)/decode.jsonl
+	$(BIN)/python benchmarks/bench_memory.py run --out $(RESULTS)/sweeps.jsonl
+	$(BIN)/python benchmarks/results_csv.py $(RESULTS)
+	$(BIN)/python benchmarks/plot_speed.py sweeps $(RESULTS)/sweeps.jsonl $(RESULTS)/sweeps.png
+	$(BIN)/python benchmarks/speed_page.py $(RESULTS) > $(RESULTS)/tables.md
+	cat $(RESULTS)/tables.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache

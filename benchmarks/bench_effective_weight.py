@@ -4,20 +4,16 @@
     python benchmarks/bench_effective_weight.py run --out results.jsonl      the product's own choice, beside torch
     python benchmarks/bench_effective_weight.py run --check                  first, that all results are torch's to the bit
 
-Bytes of a weight are its codes, scales and zeros, 2 + 4 a entry of F, and 2 a weight written. Launches are recorded into a CUDA
-graph, each on tensors of its own, together several times the cache, so that neither the host nor the cache flatters. One line of
-JSON a measurement; `share` is that of the copy's bandwidth.
+Bytes of a weight are its codes, scales and zeros, 2 + 4 a entry of F, and 2 a weight written. Time is taken as timing.py says, so
+that neither the host nor the cache flatters. One line of JSON a measurement; `share` is that of the copy's bandwidth.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
-import statistics
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -25,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from timing import copy_bandwidth, graph_us, num_copies
 from torch import Tensor
 
 from qwha_cli.kernels import dequantize_triton as kernel
@@ -38,8 +35,6 @@ SHAPES = [(3072, 3072), (1024, 3072), (8192, 3072), (3072, 8192), (4096, 4096), 
 KINDS = ["2", "3", "4", "nf4", "dense"]
 GROUP = 64
 DENSITY = 0.042
-# several times an H100's cache of 50 MB
-ROTATED_BYTES = 256 * 2**20
 
 Base = Codes | Tensor
 
@@ -86,34 +81,6 @@ def size_of(base: Base | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def microseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Time of one call, the median of several replays of all of them."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    found: list[float] = []
-    for _ in range(6):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(begin.elapsed_time(end) * 1000 / len(calls))
-    # the first replay uploads the graph
-    return statistics.median(found[1:])
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a copy of 512 MB."""
-    source = torch.empty(2**28, dtype=torch.bfloat16, device="cuda").normal_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 2 / (microseconds([lambda: target.copy_(source)] * 4) * 1e-6)
-
-
 class Report:
     """Lines of JSON, to a file and on wish to the screen."""
 
@@ -137,7 +104,7 @@ Job = tuple[Base | None, tuple[Tensor, Places, float], Tensor]
 def sets(base: Base | None, values: Tensor, places: Places, moved: int) -> list[Job]:
     """Copies of a base and of the entries, each with a weight to write."""
     found: list[Job] = []
-    for _ in range(max(2, math.ceil(ROTATED_BYTES / moved))):
+    for _ in range(num_copies(moved)):
         own = Places(places.row_starts.clone(), places.columns.clone(), places.shape)
         weight = torch.empty(places.shape, dtype=torch.bfloat16, device="cuda")
         found.append((None if base is None else copy_of(base), (values.clone(), own, 0.5), weight))
@@ -179,7 +146,7 @@ def tune(report: Report, workers: int) -> None:
             for config in {*kernel.CANDIDATES, chosen}:
                 calls = [partial(kernel.launch, weight, own, entries, config) for own, entries, weight in rotated]
                 fields = {"shape": shape, "kind": kind, "chosen": config == chosen, **asdict(config)}
-                found.append(report.line(microseconds(calls), moved, show=False, **fields))
+                found.append(report.line(graph_us(calls), moved, show=False, **fields))
             found.sort(key=lambda record: float(str(record["us"])))
             for record in [*found[:2], *(r for r in found[2:] if r["chosen"])]:
                 print(json.dumps(record), flush=True)
@@ -198,19 +165,19 @@ def run(report: Report, *, check: bool) -> None:
             rotated = sets(base, values, places, moved)
             config = kernel.config_for(base)
             calls = [partial(kernel.launch, weight, own, entries, config) for own, entries, weight in rotated]
-            report.line(microseconds(calls), moved, op="effective_weight", shape=shape, kind=kind)
+            report.line(graph_us(calls), moved, op="effective_weight", shape=shape, kind=kind)
             if isinstance(base, Codes):
                 calls = [partial(kernel.launch, weight, own, None, config) for own, _, weight in rotated]
-                report.line(microseconds(calls), moved - 6 * len(places), op="dequantize", shape=shape, kind=kind)
+                report.line(graph_us(calls), moved - 6 * len(places), op="dequantize", shape=shape, kind=kind)
             if kind in ("2", "dense"):
                 calls = [
                     partial(launch_in_torch, weight, own, entries) for own, entries, weight in rotated[:2] if own is not None
                 ]
-                report.line(microseconds(calls), moved, op="effective_weight, torch", shape=shape, kind=kind)
+                report.line(graph_us(calls), moved, op="effective_weight, torch", shape=shape, kind=kind)
         rotated = sets(None, values, places, weights)
         for backend in ("triton", "torch"):
             calls = [partial(gather_entries, weight, e[1], scale=0.5, backend=backend) for _, e, weight in rotated]
-            report.line(microseconds(calls), weights + 6 * len(places), op=f"gather, {backend}", shape=shape)
+            report.line(graph_us(calls), weights + 6 * len(places), op=f"gather, {backend}", shape=shape)
     report.line(host_microseconds(), 0, op="host time of a call of effective_weight")
 
 
@@ -253,7 +220,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    copy = copy_bandwidth()
+    copy = copy_bandwidth("cuda")
     print(json.dumps({"device": torch.cuda.get_device_name(), "copy_gb_s": round(copy / 1e9)}), flush=True)
     file = arguments.out.open("a") if arguments.out else None
     report = Report(file, copy)

@@ -5,23 +5,23 @@
     python benchmarks/bench_quant_matmul.py run --device cpu --shapes tiny        (does it work? no numbers worth keeping)
 
 Every call reads another copy of the weights, of as many as are larger than any cache. `graph_us` is a call inside a CUDA graph of
-all copies one after the other, as generation runs it; `eager_us` the same without a graph, where Python's launches are the limit.
-`floor_us` is what reading codes, entries and inputs takes at the bandwidth of a large copy in the same run. --check compares each
-case with a float64 product first.
+all copies one after the other (timing.py), as generation runs it; `eager_us` the same without a graph, where Python's launches
+are the limit. `floor_us` is what reading codes, entries and inputs takes at the bandwidth of a large copy in the same run.
+--check compares each case with a float64 product first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from timing import copy_bandwidth, eager_us, graph_us, num_copies
 from torch import Tensor
 
 from qwha_cli.kernels.codes import Codes
@@ -41,8 +41,6 @@ SHAPES = {
 FORMATS: dict[str, tuple[int, int] | None] = {"2": (2, 4), "3": (3, 4), "4": (4, 4), "nf4": None}
 GROUP = 64
 SHARE = 0.042
-# five times the cache of an H100
-COLD_BYTES = 256 * 2**20
 MOST_COPIES = 96
 
 
@@ -96,65 +94,9 @@ def random_layer(
     return Layer(base, (Places.from_rows(rows), rows.values))
 
 
-class Clock:
-    """Microseconds a call, over calls that each read another copy."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def graph(self, calls: list[Callable[[], Tensor]], *, replays: int = 7) -> float | None:
-        """In a CUDA graph; None where there are none."""
-        if not self.cuda:
-            return None
-        for call in calls[:2]:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        return self._median(graph.replay, replays) / len(calls)
-
-    def eager(self, calls: list[Callable[[], Tensor]], *, repeats: int = 3) -> float:
-        """Launched from Python one by one."""
-
-        def all_of_them() -> None:
-            for call in calls:
-                call()
-
-        return self._median(all_of_them, repeats) / len(calls)
-
-    def _median(self, work: Callable[[], object], repeats: int) -> float:
-        work()
-        found: list[float] = []
-        for _ in range(repeats):
-            if self.cuda:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize()
-                start.record()
-                work()
-                end.record()
-                end.synchronize()
-                found.append(start.elapsed_time(end) * 1e3)
-            else:
-                began = time.perf_counter()
-                work()
-                found.append((time.perf_counter() - began) * 1e6)
-        return statistics.median(found)
-
-
-def bandwidth(clock: Clock, device: str) -> float:
-    """Bytes a microsecond of a large copy, read and written."""
-    source = torch.empty((2**30 if clock.cuda else 2**22) // 4, device=device)
-    target = torch.empty_like(source)
-    calls: list[Callable[[], Tensor]] = [lambda: target.copy_(source)]
-    taken = clock.eager(calls, repeats=7)
-    return 2 * source.numel() * source.element_size() / taken
-
-
 def copies(layer: Layer, device: str) -> list[Layer]:
     """As many as no cache holds."""
-    number = 2 if device == "cpu" else min(MOST_COPIES, -(-COLD_BYTES // layer.nbytes))
+    number = 2 if device == "cpu" else num_copies(layer.nbytes, most=MOST_COPIES)
     return [layer, *(layer.copy() for _ in range(number - 1))]
 
 
@@ -177,22 +119,27 @@ def calls_of(layers: Iterable[Layer], z: Tensor) -> list[Callable[[], Tensor]]:
     return [call(layer) for layer in layers]
 
 
-def dense_times(clock: Clock, shape: tuple[int, int], z: Tensor) -> dict[str, float | None]:
+def times(calls: Sequence[Callable[[], Tensor]], *, cuda: bool) -> dict[str, float | None]:
+    """In a graph, where there are graphs, and launched one by one."""
+    return {"graph_us": graph_us(calls) if cuda else None, "eager_us": eager_us(calls, cuda=cuda)}
+
+
+def dense_times(shape: tuple[int, int], z: Tensor) -> dict[str, float | None]:
     """A bfloat16 matrix of the same shape: what a merged 16-bit layer costs."""
-    number = 2 if z.device.type == "cpu" else -(-COLD_BYTES // (2 * shape[0] * shape[1]))
+    number = 2 if z.device.type == "cpu" else num_copies(2 * shape[0] * shape[1])
     weights = [torch.randn(shape, device=z.device).to(z.dtype) for _ in range(number)]
     calls: list[Callable[[], Tensor]] = [lambda w=w: torch.nn.functional.linear(z, w) for w in weights]
-    return {"dense_graph_us": clock.graph(calls), "dense_eager_us": clock.eager(calls)}
+    return {f"dense_{name}": found for name, found in times(calls, cuda=z.is_cuda).items()}
 
 
 def run(a: argparse.Namespace) -> Iterator[dict[str, object]]:
     """A line for every shape, format, number of tokens, with and without an adapter."""
-    clock = Clock(a.device)
-    rate = bandwidth(clock, a.device)
-    yield {"copy_gb_s": rate / 1e3, "device": torch.cuda.get_device_name() if clock.cuda else "cpu", "torch": torch.__version__}
+    cuda = a.device == "cuda"
+    rate = copy_bandwidth(a.device) / 1e6
+    yield {"copy_gb_s": rate / 1e3, "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__}
     for shape in shapes_of(a):
         inputs = {tokens: torch.randn(tokens, shape[1], device=a.device).bfloat16() for tokens in a.tokens}
-        beside = {tokens: dense_times(clock, shape, z) for tokens, z in inputs.items()}
+        beside = {tokens: dense_times(shape, z) for tokens, z in inputs.items()}
         for name in a.formats:
             for adapter in (False, True):
                 layers = copies(random_layer(shape, FORMATS[name], adapter=adapter, device=a.device), a.device)
@@ -208,14 +155,13 @@ def run(a: argparse.Namespace) -> Iterator[dict[str, object]]:
                         "copies": len(layers),
                         "floor_us": (layers[0].nbytes + z.nbytes) / rate,
                     }
-                    yield line | {"graph_us": clock.graph(calls), "eager_us": clock.eager(calls)} | beside[tokens]
+                    yield line | times(calls, cuda=cuda) | beside[tokens]
 
 
 def tune(a: argparse.Namespace) -> Iterator[dict[str, object]]:
     """A line for every way to cut the work, and one for the rule's; CUDA only."""
     from qwha_cli.kernels.quant_matmul_triton import quant_matmul as cut_matmul
 
-    clock = Clock(a.device)
     for shape in shapes_of(a):
         for name in a.formats:
             layers = copies(random_layer(shape, FORMATS[name], adapter=a.adapter, device=a.device), a.device)
@@ -233,7 +179,7 @@ def tune(a: argparse.Namespace) -> Iterator[dict[str, object]]:
                     line |= {"rule": config == rule, **asdict(config)}
                     try:
                         calls: list[Callable[[], Tensor]] = [lambda x=x, call=call: call(x) for x in layers]
-                        yield line | {"graph_us": clock.graph(calls, replays=5)}
+                        yield line | {"graph_us": graph_us(calls, replays=5)}
                     except Exception as error:  # too much shared memory is an answer too
                         yield line | {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
 

@@ -4,9 +4,9 @@
     python benchmarks/bench_wht.py run   --out run.jsonl         # the chosen cut for some rows and dtypes, beside torch
     python benchmarks/bench_wht.py check                         # odd sizes, all dtypes, both directions, against float64
 
-Needs a CUDA device. A time is the median of single calls between CUDA events, a buffer larger than the cache written before each.
-GB/s counts what must be read and written once; `share` is that of the copy's GB/s in this run. Before `tune` and `check` work,
-processes compile side by side into Triton's cache: compiling takes longer than measuring.
+Needs a CUDA device. A time is that of a call which finds the cache cold, taken as timing.py says. GB/s counts what must be read
+and written once; `share` is that of the copy's GB/s in this run. Before `tune` and `check` work, processes compile side by side
+into Triton's cache: compiling takes longer than measuring.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
+from timing import graph_us, num_copies
 from torch import Tensor
 
 from qwha_cli.kernels import wht_triton
@@ -110,26 +111,6 @@ def candidates(size: int) -> list[Tiles]:
             return [tiles_for(size)]
 
 
-class Timer:
-    """Median times of calls that find the cache cold."""
-
-    def __init__(self) -> None:
-        self.flushed = torch.empty(2**26, dtype=torch.int32, device="cuda")
-
-    def ms(self, call: Callable[[], object], repeats: int = 25) -> float:
-        """Median of single calls, the first two left out."""
-        times: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        for _ in range(repeats + 2):
-            self.flushed.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            times.append((start, end))
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in times[2:])
-
-
 def _exact(x: Tensor, transpose: bool) -> Tensor:
     """float64, in the torch form, which the tests hold against the dense matrix."""
     return wht(x.double(), transpose=transpose, backend="torch")
@@ -139,27 +120,26 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).abs().max() / exact.abs().max())
 
 
-def measure(
-    timer: Timer, size: int, rows: int, dtype: str, tiles: Tiles, *, with_torch: bool, add: bool = False
-) -> dict[str, object]:
+def measure(size: int, rows: int, dtype: str, tiles: Tiles, *, with_torch: bool, add: bool = False) -> dict[str, object]:
     """One line: time, bandwidth, share of the copy's, error."""
     x = torch.randn(rows, size, device="cuda", dtype=torch.float32).to(DTYPES[dtype])
-    other = torch.randn_like(x) if add else None
-    target = torch.empty_like(x)
+    nbytes = x.numel() * x.element_size()
+    inputs = [x, *(x.clone() for _ in range(num_copies(2 * nbytes) - 1))]
+    pairs = [(own, torch.randn_like(own) if add else None) for own in inputs]
     line: dict[str, object] = {"n": size, "rows": rows, "dtype": dtype, "add": add, "tiles": asdict(tiles)}
     try:
         found = wht_triton.wht(x[:16], None, transpose=False, tiles=tiles)
         line["error"] = _error(found, _exact(x[:16], False))
-        own = timer.ms(lambda: wht_triton.wht(x, other, transpose=False, tiles=tiles))
+        ms = graph_us([partial(wht_triton.wht, *pair, transpose=False, tiles=tiles) for pair in pairs]) / 1e3
     except Exception as error:
         # a candidate that does not compile or needs too much memory is a result too
         return {**line, "failed": f"{type(error).__name__}: {str(error)[:200]}"}
-    copy = timer.ms(lambda: target.copy_(x))
-    moved = (3 if add else 2) * x.numel() * x.element_size()
-    line |= {"ms": own, "gb_s": moved / own / 1e6, "copy_ms": copy, "copy_gb_s": 2 * x.numel() * x.element_size() / copy / 1e6}
+    copy = graph_us([partial(torch.clone, own) for own in inputs]) / 1e3
+    moved = (3 if add else 2) * nbytes
+    line |= {"ms": ms, "gb_s": moved / ms / 1e6, "copy_ms": copy, "copy_gb_s": 2 * nbytes / copy / 1e6}
     line["share"] = line["gb_s"] / line["copy_gb_s"]  # pyright: ignore[reportOperatorIssue]
     if with_torch:
-        line["torch_ms"] = timer.ms(lambda: wht(x, add=other, backend="torch"), repeats=10)
+        line["torch_ms"] = graph_us([partial(wht, own, add=other, backend="torch") for own, other in pairs]) / 1e3
         line["torch_error"] = _error(wht(x[:16], backend="torch"), _exact(x[:16], False))
     return line
 
@@ -167,9 +147,8 @@ def measure(
 def tune(out: Path, workers: int) -> None:
     """Time all candidates, the best of each size last."""
     in_parts("compile", workers)
-    timer = Timer()
     for size in SIZES:
-        lines = [measure(timer, size, _NUMBERS // size, "bf16", tiles, with_torch=False) for tiles in candidates(size)]
+        lines = [measure(size, _NUMBERS // size, "bf16", tiles, with_torch=False) for tiles in candidates(size)]
         for line in sorted(lines, key=lambda line: line.get("share", 0.0)):  # pyright: ignore[reportArgumentType,reportCallIssue]
             _write(out, line)
 
@@ -195,14 +174,13 @@ def compile_candidates(index: int, count: int) -> None:
 
 def run(out: Path) -> None:
     """Time the chosen cuts."""
-    timer = Timer()
     for size in SIZES:
         cases = [("bf16", rows, False) for rows in (512, 2048, 8192, 16384)]
         cases += [("bf16", 8192, True), ("fp16", 8192, False)]
         for dtype, rows, add in cases:
             if unfit(size, DTYPES[dtype]) is None:
                 tiles = tiles_for(size)
-                _write(out, measure(timer, size, rows, dtype, tiles, with_torch=True, add=add))
+                _write(out, measure(size, rows, dtype, tiles, with_torch=True, add=add))
 
 
 def check(index: int, count: int) -> bool:

@@ -16,6 +16,7 @@ from qwha_cli.models.load import describe, load, load_tokenizer
 from support.tiny_model import tiny_llama, tiny_tokenizer
 
 SHAPES = {
+    "llama-3.2-1b": (1_235_814_400, 2048),
     "llama-3.2-3b": (3_212_749_824, 3072),
     "llama-3.1-8b": (8_030_261_248, 4096),
     "mistral-7b": (7_248_023_552, 4096),

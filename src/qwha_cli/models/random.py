@@ -42,6 +42,20 @@ CONFIGS: dict[str, dict[str, object]] = {
         # larger than usual: with 0.02 and so few weights all logits are nearly equal, and tests would compare noise
         "initializer_range": 0.1,
     },
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {**_LLAMA3_ROPE, "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
     "llama-3.2-3b": {
         "model_type": "llama",
         "vocab_size": 128256,
