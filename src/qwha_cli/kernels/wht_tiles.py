@@ -68,6 +68,17 @@ class Tiles:
         return self.padded * self.tiles * self.inner * self.rows
 
 
+# sizes of models at which another cut than the rule's was faster on an H100 (bench_wht.py tune; docs/results/speed.md)
+_MEASURED = {
+    3072: Tiles(48, 1, 64, 64, rows=2, programs=528),
+    5120: Tiles(40, 2, 64, 64),
+    8192: Tiles(64, 1, 128, 64, programs=528),
+    11008: Tiles(172, 1, 64, 32),
+    14336: Tiles(28, 2, 256, 32, way="exchange", warps=8),
+    18944: Tiles(148, 1, 128, 32, warps=8),
+}
+
+
 @lru_cache(maxsize=1024)
 def unfit(size: int, dtype: torch.dtype) -> str | None:
     """Why the Triton kernel does not take rows of this size and dtype; None if it does.
@@ -96,6 +107,8 @@ def unfit(size: int, dtype: torch.dtype) -> str | None:
 @lru_cache(maxsize=1024)
 def tiles_for(size: int) -> Tiles:
     """The cut of a size that is not `unfit`."""
+    if size in _MEASURED:
+        return _MEASURED[size]
     chosen = plan(size)
     wide = _cut(chosen.base, chosen.log2, 64)
     return wide if wide.held <= _LARGEST_WIDE_PROGRAM else _cut(chosen.base, chosen.log2, 32)
