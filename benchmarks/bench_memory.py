@@ -69,14 +69,16 @@ def take_all(name: str, points: list[Point], a: argparse.Namespace) -> None:
         release()
 
 
-def take(model: nn.Module, point: Point, a: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds, peak memory and loss of a point's step."""
+def take(model: nn.Module, point: Point, a: argparse.Namespace) -> dict[str, float | str]:
+    """Milliseconds, peak memory, loss and way of launching of a point's step."""
     step = Step(model, length=point.length, liger=a.loss == "liger", device=a.device)
+    # the pool of the last point's graph is given back only when nothing is cached
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with step.case(point.batch, True) as call:
         ms, loss = measure(call, warmup=a.warmup, steps=a.steps)
     peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"ms": round(ms, 2), "peak_gib": round(peak, 3), "loss": round(loss, 4)}
+    return {"ms": round(ms, 2), "peak_gib": round(peak, 3), "loss": round(loss, 4), "launch": step.launch}
 
 
 def write(line: Line, out: Path) -> None:

@@ -5,10 +5,12 @@
     python benchmarks/bench_step.py table docs/results/data/step.jsonl
 
 A step is forward, loss and backward of random tokens under bfloat16 autocast, all of them labelled; no optimizer, whose time is
-the same for equal numbers of trained values. Median of --steps after --warmup. Peak memory is the device's from before the
-model is built. Rows: `official` is the published layer's arithmetic on a 2-bit base, QLoRA is bitsandbytes' NF4 under peft,
-`full` trains all linear layers in bfloat16 without an adapter: the same matrix products as ours. --loss plain takes
-transformers' own kernels for every row.
+the same for equal numbers of trained values. All rows get the product's own step: sequences end to end under torch's
+varlen_attn, Liger's kernels, and --launch graph records forward and backward as a CUDA graph (a row that cannot be recorded is
+launched one by one, and says so in its line), --launch eager launches kernels one by one as peft and transformers do. Median
+of --steps after --warmup. Peak memory is the device's, with the model, without an optimizer. Rows: `official` is the published
+layer's arithmetic on a 2-bit base, QLoRA is bitsandbytes' NF4 under peft, `full` trains all linear layers in bfloat16 without an
+adapter: the same matrix products as ours. --loss plain takes transformers' own kernels for every row.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -38,12 +40,16 @@ from shape_models import (
     with_sparse_adapter,
 )
 from torch import nn
-from transformers import PreTrainedModel
 
 from qwha_cli.adapters.build import set_keep
+from qwha_cli.data.flatten import FlatShape, flat_batch
+from qwha_cli.data.tokenize import Encoded
 from qwha_cli.models.liger import FusedHead, apply_to_layers, choose_kernels, fused_head
-from qwha_cli.models.token_loss import summed_loss
+from qwha_cli.models.token_loss import causal_model, summed_loss
+from qwha_cli.models.varlen import varlen_attention
+from qwha_cli.training.step_graphs import CannotRecord, StepGraphs
 
+ONE_BY_ONE = ", kernels one by one"
 CASES = {"16 on": (16, True), "16 off": (16, False), "1 on": (1, True), "1 off": (1, False), "4 on": (4, True)}
 
 
@@ -107,23 +113,21 @@ ROWS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
 
 
 class Step:
-    """A model ready to take steps of one case.
+    """A model ready to take steps.
 
     Args:
         model: With everything that is trained requiring a gradient.
-        batch: Sequences.
         length: Tokens a sequence.
-        checkpointing: Recompute activations.
         liger: Whether to use Liger's kernels.
         device: Of the model.
+        launch: Whether to record forward and backward.
     """
 
-    def __init__(self, model: nn.Module, *, length: int, liger: bool, device: str) -> None:
+    def __init__(self, model: nn.Module, *, length: int, liger: bool, device: str, launch: str = "graph") -> None:
         self.model = model
-        get_base = getattr(model, "get_base_model", None)
-        self.causal = cast(PreTrainedModel, get_base() if callable(get_base) else model)
-        self.length, self.device = length, device
-        choice = choose_kernels("liger" if liger else "torch", model=self.causal, device=torch.device(device))
+        self.causal = causal_model(model)
+        self.length, self.device, self.launch = length, torch.device(device), launch
+        choice = choose_kernels("liger" if liger else "torch", model=self.causal, device=self.device)
         if choice.layers:
             apply_to_layers(self.causal)
         self.fused = choice.loss
@@ -131,26 +135,58 @@ class Step:
 
     @contextlib.contextmanager
     def case(self, batch: int, checkpointing: bool) -> Iterator[Callable[[], torch.Tensor]]:
-        """Give the function that takes a step."""
-        ids = torch.randint(0, self.causal.config.vocab_size, (batch, self.length), device=self.device)
-        data = {"input_ids": ids, "labels": ids}
+        """Give the function that takes a step; `launch` says afterwards how its kernels were launched."""
+        ids = torch.randint(0, self.causal.config.vocab_size, (batch, self.length)).tolist()
+        data = flat_batch([Encoded(row, row) for row in ids], pad_id=0, shape=FlatShape(self.length))
+        count = len(data["places"])
+        data = {name: tensor.pin_memory() for name, tensor in data.items()}
         if checkpointing:
-            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            how = {"use_reentrant": False, "preserve_rng_state": False}
+            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         else:
             self.causal.gradient_checkpointing_disable()
         self.model.train()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(varlen_attention(self.causal))
             head: FusedHead | None = stack.enter_context(fused_head(self.causal)) if self.fused else None
 
-            def step() -> torch.Tensor:
-                with torch.autocast(self.device, dtype=DTYPE):
-                    loss = summed_loss(self.model, data, head=head) / ids.numel()
+            def passes(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+                with torch.autocast(self.device.type, dtype=DTYPE):
+                    loss = summed_loss(self.model, batch, head=head, longest=self.length) / count
                 loss.backward()
-                for parameter in self.trained:
-                    parameter.grad = None
                 return loss.detach()
 
-            yield step
+            def one_by_one() -> torch.Tensor:
+                loss = passes({name: tensor.to(self.device, non_blocking=True) for name, tensor in data.items()})
+                for parameter in self.trained:
+                    parameter.grad = None
+                return loss
+
+            if self.launch == "eager":
+                yield one_by_one
+                return
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
+            graphs = StepGraphs(passes, device=self.device)
+            state = {"launch": "graph"}
+
+            def recorded() -> torch.Tensor:
+                if state["launch"] == "eager":
+                    return one_by_one()
+                torch._foreach_zero_([cast(torch.Tensor, parameter.grad) for parameter in self.trained])
+                try:
+                    return graphs(data)
+                except CannotRecord as error:
+                    print(f"not recorded: {error}", flush=True)
+                    state["launch"] = self.launch = "eager"
+                    return one_by_one()
+
+            try:
+                yield recorded
+            finally:
+                graphs.clear()
+                for parameter in self.trained:
+                    parameter.grad = None
 
 
 def measure(step: Callable[[], torch.Tensor], *, warmup: int, steps: int) -> tuple[float, float]:
@@ -174,7 +210,7 @@ def run(a: argparse.Namespace) -> None:
         try:
             torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
-            step = Step(ROWS[name](a), length=a.length, liger=a.loss == "liger", device=a.device)
+            step = Step(ROWS[name](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch)
             built = round(time.monotonic() - started, 1)
             # what building left behind is not the model's
             gc.collect()
@@ -182,11 +218,14 @@ def run(a: argparse.Namespace) -> None:
             resident = torch.cuda.memory_allocated() / 2**30
             for case in a.cases.split(","):
                 batch, checkpointing = CASES[case]
+                # a graph's pool is given back only when nothing is cached
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 with step.case(batch, checkpointing) as take:
                     ms, loss = measure(take, warmup=a.warmup, steps=a.steps)
                 line = {
-                    "row": name, "shape": a.shape, "case": case, "length": a.length, "rank": a.rank, "loss_kernels": a.loss,
+                    "row": name, "launch": step.launch,
+                    "shape": a.shape, "case": case, "length": a.length, "rank": a.rank, "loss_kernels": a.loss,
                     "ms": round(ms, 2), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
                     "resident_gib": round(resident, 3), "loss": round(loss, 4), "built_s": built,
                     "commit": a.commit, "device": torch.cuda.get_device_name(), "torch": torch.__version__,
@@ -203,7 +242,7 @@ def run(a: argparse.Namespace) -> None:
 
 def profile(a: argparse.Namespace) -> None:
     """Where a step's time goes: a table by kernel on the terminal, and a trace."""
-    step = Step(ROWS[a.rows](a), length=a.length, liger=a.loss == "liger", device=a.device)
+    step = Step(ROWS[a.rows](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch)
     batch, checkpointing = CASES[a.cases]
     folder = Path(a.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,9 +267,9 @@ def table(paths: list[str]) -> str:
     """The lines as Markdown: a row a method, milliseconds and peak memory of every case."""
     lines = [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
     cases = [case for case in CASES if any(line["case"] == case for line in lines)]
-    found = {(line["row"], line["case"]): line for line in lines}
+    found = {(line["row"] + (ONE_BY_ONE if line.get("launch") == "eager" else ""), line["case"]): line for line in lines}
     parts = ["| | " + " | ".join(f"{c}: ms | GiB" for c in cases) + " |", "|---|" + "---:|---:|" * len(cases)]
-    for row in ROWS:
+    for row in (row + how for row in ROWS for how in ("", ONE_BY_ONE)):
         cells = [f"{found[row, c]['ms']:.0f} | {found[row, c]['peak_gib']:.1f}" if (row, c) in found else "– | –" for c in cases]
         if any(cell[0] != "–" for cell in cells):
             parts.append(f"| {row} | " + " | ".join(cells) + " |")
@@ -251,6 +290,7 @@ def main() -> None:
         command.add_argument("--warmup", type=int, default=2)
         command.add_argument("--steps", type=int, default=5)
         command.add_argument("--loss", choices=("liger", "plain"), default="liger")
+        command.add_argument("--launch", choices=("graph", "eager"), default="graph")
         command.add_argument("--device", default="cuda")
         command.add_argument("--commit", default=_commit())
         command.add_argument("--out", required=True)

@@ -77,6 +77,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """
         raise NotImplementedError
 
+    def renew_kept(self) -> None:
+        """Compute the weights that keep="speed" has kept again, where they lie, if values have changed since."""
+
     # ---- the frozen layer
 
     @property

@@ -208,6 +208,17 @@ def cache_weights(model: nn.Module, on: bool) -> None:
         layer.cache_weights(on)
 
 
+def renew_kept(model: nn.Module) -> None:
+    """Bring the dense weights that keep="speed" keeps up to date in place, so that recorded passes find them where they were."""
+    for layer in _adapted_layers(model).values():
+        layer.renew_kept()
+
+
+def keeps_weights(model: nn.Module) -> bool:
+    """Whether any layer keeps its dense weight for training."""
+    return any(layer.keep == "speed" for layer in _adapted_layers(model).values())
+
+
 def set_keep(model: nn.Module, keep: Keep) -> None:
     """Choose for all layers whether passes compute dense weights again ("memory") or keep them until values change ("speed").
 

@@ -7,7 +7,7 @@ optimizer's step or `load_state_dict` raises their version. So nothing has to re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -47,9 +47,23 @@ class Derived(Generic[T]):
         self._entries[key] = _Entry(tuple(sources), tuple(_version(source) for source in sources), result)
         return result
 
+    def renew(self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], T]) -> None:
+        """As `get`, but an outdated tensor gets its new numbers where it lies, for those who hold its address."""
+        entry = self._entries.get(key)
+        if entry is None or not isinstance(entry.result, Tensor):
+            self.get(key, sources, make)
+        elif not _unchanged(entry, sources):
+            with torch.inference_mode(False), torch.no_grad():
+                entry.result.copy_(make())  # pyright: ignore[reportArgumentType]  # a tensor again
+            self._entries[key] = _Entry(tuple(sources), tuple(_version(source) for source in sources), entry.result)
+
     def clear(self) -> None:
         """Drop everything, also the references to the sources."""
         self._entries.clear()
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """The keys of what is kept, outdated or not."""
+        return iter(list(self._entries))
 
     def __len__(self) -> int:
         return len(self._entries)

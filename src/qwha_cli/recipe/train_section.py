@@ -95,6 +95,13 @@ class TrainSection(Section):
             description="Sequences end to end in one row, without padding, where that runs (`auto`), or side by side (`padded`)."
         ),
     ] = "auto"
+    launch: Annotated[
+        Literal["auto", "graph", "eager"],
+        Field(
+            description="Record the step's kernels as a CUDA graph and replay it, where that can be done (`auto`), "
+            "or launch them one by one (`eager`)."
+        ),
+    ] = "auto"
     checkpointing: Annotated[bool, Field(description="Recompute activations in the backward: less memory, more time.")] = False
     keep: Annotated[
         Literal["memory", "speed"],

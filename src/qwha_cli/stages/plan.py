@@ -17,7 +17,7 @@ from qwha_cli.recipe.schema import Recipe
 STAGES = ("quantize", "init", "train", "eval", "merge")
 FOLDERS = {"quantize": "1-quantize", "init": "2-init", "train": "3-train", "eval": "4-eval", "merge": "5-merge"}
 # Settings that cannot change what comes out by more than rounding.
-_IRRELEVANT = {"save_every", "keep", "checkpointing", "kernels", "backend", "attention"}
+_IRRELEVANT = {"save_every", "keep", "checkpointing", "kernels", "backend", "attention", "launch"}
 # What each row of the evaluation reads.
 _ROW_INPUTS = {
     "16-bit": (),

@@ -121,6 +121,7 @@ def _settings(recipe: Recipe, pad_id: int, *, shard: torch.device | None) -> Tra
         precision=t.precision,
         kernels=t.kernels,
         attention=t.attention,
+        launch=t.launch,
         checkpointing=t.checkpointing or shard is not None,
         shard_on=shard,
         save_every=t.save_every,

@@ -19,22 +19,29 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qwha_cli.adapters.build import keeps_weights, renew_kept
 from qwha_cli.data.collate import pad_batch
-from qwha_cli.data.tokenize import Encoded
+from qwha_cli.data.flatten import FlatShape, flat_batch
+from qwha_cli.data.tokenize import IGNORED, Encoded
 from qwha_cli.errors import RanksError, ResourceError, UsageError
 from qwha_cli.models.liger import FusedHead, apply_to_layers, choose_kernels, fused_head
 from qwha_cli.models.token_loss import causal_model, count_labelled, summed_loss
+from qwha_cli.models.varlen import choose_attention, varlen_attention
 from qwha_cli.training.batches import StepBatches
+from qwha_cli.training.gradients import FlatGradients
 from qwha_cli.training.optim import build_optimizer, restore_tensors, set_learning_rate, trained_parameters, training_tensors
 from qwha_cli.training.precision import autocasting, choose_precision
 from qwha_cli.training.settings import TrainSettings
 from qwha_cli.training.sharded_base import ShardedBase
+from qwha_cli.training.step_graphs import CannotRecord, LaunchChoice, StepGraphs, choose_launch, draws_at_random
 
 # Longer than any step or checkpoint, and short enough that a machine that is gone is noticed.
 _TIMEOUT = timedelta(minutes=10)
 # Adapters have a few hundred tensors of some hundred thousand values. Buckets of 25 MB (torch's default) leave a dozen exchanges,
 # all but the last of which run beside the backward pass.
 _BUCKET_MB = 25
+# Recorded passes need few shapes: tokens are rounded up to 256 or, of large batches, a 32nd, and sequences to 16.
+_TOKEN_MULTIPLE, _TOKEN_SHARE, _SEQUENCE_MULTIPLE = 256, 32, 16
 
 
 class Engine:
@@ -53,6 +60,7 @@ class Engine:
         device = next(model.parameters()).device
         target = settings.shard_on or device
         # its state alone: an Accelerator would wrap model and arithmetic by what `accelerate launch` was configured with
+        self.notes: list[str] = []
         self.state = PartialState(cpu=target.type == "cpu", timeout=_TIMEOUT)
         self.ranks: int = self.state.num_processes
         self.rank: int = self.state.process_index
@@ -70,10 +78,25 @@ class Engine:
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, name=settings.optimizer
         )
         self.precision = choose_precision(settings.precision, device=self.device)
-        self.kernels = choose_kernels(settings.kernels, model=causal_model(model), device=self.device)
+        base = causal_model(model)
+        self.kernels = choose_kernels(settings.kernels, model=base, device=self.device)
+        dtype = self.precision.autocast or base.dtype
+        self.attention = choose_attention(settings.attention, model=base, device=self.device, dtype=dtype)
+        self.launch: LaunchChoice = choose_launch(
+            settings.launch,
+            model=base,
+            device=self.device,
+            flat=self.attention.varlen,
+            sharded=self._sharded is not None,
+        )
+        self.flat: FlatShape | None = self._flat_shape() if self.attention.varlen else None
         self._head: FusedHead | None = None
+        self._gradients: FlatGradients | None = None
+        self._graphs: StepGraphs | None = None
+        # on the device, because a recorded pass reads it from there
+        self._factor = torch.zeros((), device=self.device)
         if self.kernels.layers:
-            apply_to_layers(causal_model(model))
+            apply_to_layers(base)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -86,17 +109,23 @@ class Engine:
         base = causal_model(self.model)
         if self.settings.checkpointing:
             # the re-entrant form would need a gradient on the frozen embeddings' output
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
+            how = {"use_reentrant": False, "preserve_rng_state": draws_at_random(base)}
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # pyright: ignore
         self.model.train()
-        if self.ranks > 1:
+        if self.launch.graph:
+            self._gradients = FlatGradients(self.parameters.values())
+            self._graphs = StepGraphs(self._passes, device=self.device)
+        elif self.ranks > 1:
             self.wrapped = self._distributed()
         try:
             with contextlib.ExitStack() as stack:
                 self._head = stack.enter_context(fused_head(base)) if self.kernels.loss else None
+                if self.flat is not None:
+                    stack.enter_context(varlen_attention(base))
                 stack.enter_context(torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []))
                 yield
         finally:
-            self._head = None
+            self._head = self._graphs = self._gradients = None
             if self.settings.checkpointing:
                 base.gradient_checkpointing_disable()  # pyright: ignore
             self.optimizer.zero_grad(set_to_none=True)
@@ -133,30 +162,56 @@ class Engine:
         Raises:
             ResourceError: The device's memory is too small.
         """
+        wrapped = isinstance(self.wrapped, DistributedDataParallel)
         # DDP averages gradients over the ranks, while the mean over tokens wants their sum.
-        factor = self.ranks / batches.answers
+        self._factor.fill_((self.ranks if wrapped else 1) / batches.answers)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._explained():
+            if self._graphs is not None:
+                renew_kept(self.model)
             for number, forward in enumerate(batches.forwards, start=1):
-                last = number == len(batches.forwards)
                 # the ranks exchange gradients once a step, however many forwards it has
-                alone = isinstance(self.wrapped, DistributedDataParallel) and not last
+                alone = wrapped and number < len(batches.forwards)
                 with self.wrapped.no_sync() if alone else contextlib.nullcontext():  # pyright: ignore
-                    with autocasting(self.precision.autocast, device=self.device):
-                        loss = summed_loss(self.wrapped, self._on_device(forward), head=self._head)
-                    (loss * factor).backward()
-                total += loss.detach().double()
+                    total += self._run(forward).double()
+            if self._gradients is not None and self.ranks > 1:
+                self._gradients.sum_over_ranks()
             clip = self.settings.clip if self.settings.clip is not None else math.inf
             norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)
             meanwhile()
         return float(self._sum(total)) / batches.answers, float(norm), batches.tokens
+
+    def _run(self, batch: dict[str, Tensor]) -> Tensor:
+        """Forward and backward of a batch, replayed if that is how this engine works; return its summed loss."""
+        if self._graphs is None:
+            return self._passes(self._on_device(batch))
+        try:
+            return self._graphs({name: tensor.pin_memory() for name, tensor in batch.items()})
+        except CannotRecord as error:
+            if self.settings.launch == "graph":
+                raise UsageError(
+                    f"the step cannot be recorded as a CUDA graph: {error}", where="train.launch", remedy="use auto, or eager"
+                ) from error
+            self._graphs = None
+            self.notes.append(f"kernels are launched one by one: the step could not be recorded as a CUDA graph ({error})")
+            return self._passes(self._on_device(batch))
+
+    def _passes(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Forward and backward of a batch on the device, which is never waited for if the batch is flat."""
+        with autocasting(self.precision.autocast, device=self.device):
+            loss = summed_loss(self.wrapped, batch, head=self._head, longest=self._longest)
+        (loss * self._factor).backward()
+        return loss.detach()
 
     def update(self, lr: float) -> None:
         """Take an optimizer step along the accumulated gradient and forget it."""
         set_learning_rate(self.optimizer, lr)
         with self._explained():
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._gradients is not None:
+            self._gradients.zero()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def mean_loss(self, encoded: Sequence[Encoded]) -> float:
         """The mean loss a token over examples, nats, without gradient, in the training's arithmetic; the ranks share the work."""
@@ -168,18 +223,42 @@ class Engine:
         self.model.eval()
         with torch.no_grad(), self._explained(), autocasting(self.precision.autocast, device=self.device):
             for start in range(0, len(mine), size):
-                batch = pad_batch(mine[start : start + size], pad_id=self.settings.pad_id)
-                # counted before it goes to a GPU, which would be waited for
-                sums[1] += count_labelled(batch["labels"])
-                sums[0] += summed_loss(self.model, self._on_device(batch), head=self._head).double()
+                batch, count = self._held_out(mine[start : start + size])
+                sums[1] += count
+                sums[0] += summed_loss(self.model, self._on_device(batch), head=self._head, longest=self._longest).double()
             if self._sharded is not None:
                 # whoever has fewer batches still has to give the others its part of every block
                 most = -(-len(ordered[:: self.ranks]) // size)
                 for _ in range(most - -(-len(mine) // size)):
-                    summed_loss(self.model, self._on_device(pad_batch(ordered[:1], pad_id=self.settings.pad_id)), head=self._head)
+                    batch, _ = self._held_out(ordered[:1])
+                    summed_loss(self.model, self._on_device(batch), head=self._head, longest=self._longest)
         self.model.train()
+        if self._graphs is not None and keeps_weights(self.model):
+            # the change of mode has dropped them
+            self._graphs.clear()
         total, count = self._sum(sums).tolist()
         return total / max(1.0, count)
+
+    def _held_out(self, encoded: Sequence[Encoded]) -> tuple[dict[str, Tensor], int]:
+        """A batch for `mean_loss` and its labelled tokens, counted before it goes to a GPU, which would be waited for."""
+        if self.flat is None:
+            batch = pad_batch(encoded, pad_id=self.settings.pad_id)
+            return batch, count_labelled(batch["labels"])
+        batch = flat_batch(encoded, pad_id=self.settings.pad_id, shape=FlatShape(self.flat.longest))
+        return batch, int(torch.count_nonzero(batch["targets"] != IGNORED))
+
+    def _flat_shape(self) -> FlatShape:
+        longest = self.settings.max_length
+        if not self.launch.graph:
+            return FlatShape(longest)
+        # a power of two, so that a 32nd of a batch of the next size is a multiple of this one's
+        share = self.settings.batch_size // self.ranks * longest // _TOKEN_SHARE
+        multiple = max(_TOKEN_MULTIPLE, 1 << max(0, share.bit_length() - 1))
+        return FlatShape(longest, tokens=multiple, places=multiple, sequences=_SEQUENCE_MULTIPLE)
+
+    @property
+    def _longest(self) -> int | None:
+        return None if self.flat is None else self.flat.longest
 
     def tensors(self) -> dict[str, Tensor]:
         """Values and optimizer state for a checkpoint, on the CPU."""

@@ -95,6 +95,7 @@ def _batches(encoded: Sequence[Encoded], engine: Engine) -> Batches:
         pack_to=settings.max_length if settings.packing else None,
         rank=engine.rank,
         ranks=engine.ranks,
+        flat=engine.flat,
     )
 
 
@@ -138,6 +139,8 @@ class _Run:
         self.progress.start(self.total_steps)
         self._note(self.engine.precision.reason)
         self._note(self.engine.kernels.reason)
+        self._note(self.engine.attention.reason)
+        self._note(self.engine.launch.reason)
         if self.engine.ranks > 1:
             share = self.settings.batch_size // self.engine.ranks
             self._note(f"training on {self.engine.ranks} processes of {share} sequences each")
@@ -164,6 +167,8 @@ class _Run:
         number, ready = self._ahead or (None, None)
         step = ready if ready is not None and number == index else batches.step(index)
         loss, norm, tokens = self.engine.gradient(step, meanwhile=lambda: self._prepare(batches, index + 1))
+        while self.main and self.engine.notes:
+            self._note(self.engine.notes.pop(0))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(index + 1, loss=loss, norm=norm, lr=lr)
         self.engine.update(lr)

@@ -12,6 +12,7 @@ from qwha_cli.models.varlen import Attention
 from qwha_cli.training.metrics import ValidationPoint
 from qwha_cli.training.optim import OptimizerName, Schedule
 from qwha_cli.training.precision import Precision
+from qwha_cli.training.step_graphs import Launch
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TrainSettings:
         precision: Arithmetic of the forward and backward passes.
         kernels: Whose norms, activations, rotations and loss.
         attention: Over sequences end to end without padding (`varlen`), or side by side (`padded`).
+        launch: Whether passes are recorded and replayed (`graph`), or their kernels launched one by one (`eager`).
         checkpointing: Recompute activations in the backward pass instead of keeping them.
         save_every: Steps between checkpoints; None saves only at the end.
         validate_every: Steps between validations, which also happen before the first and after the last step; None for none.
@@ -60,6 +62,7 @@ class TrainSettings:
     precision: Precision = "auto"
     kernels: Kernels = "auto"
     attention: Attention = "auto"
+    launch: Launch = "auto"
     checkpointing: bool = False
     save_every: int | None = 50
     validate_every: int | None = None

@@ -12,6 +12,7 @@ This file does not decide which layers get an adapter (model.py) nor how many en
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -196,6 +197,17 @@ class SpectralLinear(AdaptedLinear):
         """The dense weight, made once for all forward and backward passes until an optimizer moves the values."""
         sources = [self.qwha_values[name] for name in names]
         return self._weights.get((dtype, names), sources, lambda: self._effective(names, transform, dtype))
+
+    def renew_kept(self) -> None:
+        """Compute the weights that keep="speed" has kept again, where they lie, if values have changed since."""
+        names = self._in_use()
+        if self.keep != "speed" or not names:
+            return
+        transform, sources = self.qwha_transform[names[0]], [self.qwha_values[name] for name in names]
+        for key in self._weights:
+            dtype, kept = cast("tuple[torch.dtype, tuple[str, ...]]", key)
+            if kept == names:
+                self._weights.renew(key, sources, partial(self._effective, names, transform, dtype))
 
     def _forward_few(self, x: Tensor, names: tuple[str, ...], transform: Transform, base: Codes, dtype: torch.dtype) -> Tensor:
         """A few tokens while generating: straight from the codes."""
