@@ -6,7 +6,7 @@
 
 A step is forward, loss and backward of random tokens under bfloat16 autocast, all of them labelled; no optimizer, whose time is
 the same for equal numbers of trained values. All rows get the product's own step: sequences end to end under torch's
-varlen_attn, Liger's kernels, and --launch graph records forward and backward as a CUDA graph (a row that cannot be recorded is
+attention, Liger's kernels, and --launch graph records forward and backward as a CUDA graph (a row that cannot be recorded is
 launched one by one, and says so in its line), --launch eager launches kernels one by one as peft and transformers do. Median
 of --steps after --warmup. Peak memory is the device's, with the model, without an optimizer. Rows: `official` is the published
 layer's arithmetic on a 2-bit base, QLoRA is bitsandbytes' NF4 under peft, `full` trains all linear layers in bfloat16 without an
@@ -150,14 +150,14 @@ class Step:
             stack.enter_context(varlen_attention(self.causal))
             head: FusedHead | None = stack.enter_context(fused_head(self.causal)) if self.fused else None
 
-            def passes(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            def passes(batch: Mapping[str, torch.Tensor], equal: int | None) -> torch.Tensor:
                 with torch.autocast(self.device.type, dtype=DTYPE):
-                    loss = summed_loss(self.model, batch, head=head, longest=self.length) / count
+                    loss = summed_loss(self.model, batch, head=head, longest=self.length, equal=equal) / count
                 loss.backward()
                 return loss.detach()
 
             def one_by_one() -> torch.Tensor:
-                loss = passes({name: tensor.to(self.device, non_blocking=True) for name, tensor in data.items()})
+                loss = passes({name: tensor.to(self.device, non_blocking=True) for name, tensor in data.items()}, self.length)
                 for parameter in self.trained:
                     parameter.grad = None
                 return loss
@@ -175,7 +175,7 @@ class Step:
                     return one_by_one()
                 torch._foreach_zero_([cast(torch.Tensor, parameter.grad) for parameter in self.trained])
                 try:
-                    return graphs(data)
+                    return graphs(data, self.length)
                 except CannotRecord as error:
                     print(f"not recorded: {error}", flush=True)
                     state["launch"] = self.launch = "eager"

@@ -120,8 +120,10 @@ def as_torch(codes: Codes, dtypes: list[torch.dtype]) -> None:
         matrix = dequantize(codes, dtype, backend="torch")
         how = {"basis": "weight", "scale": 0.3, "dtype": dtype}
         found = effective_weight(matrix, values, places, backend="triton", **how)
-        # the transform may run in another order
-        torch.testing.assert_close(found, effective_weight(matrix, values, places, backend="torch", **how))
+        # the transform runs in another order, so each has its own rounding
+        exact = effective_weight(matrix.double(), values.double(), places, **how | {"dtype": torch.float64})
+        slow = effective_weight(matrix, values, places, backend="torch", **how)
+        assert (found - exact).norm() <= 2 * (slow - exact).norm() + 1e-6 * exact.norm()
         for given in (matrix, matrix.mT.contiguous().mT):
             found = gather_entries(given, places, scale=0.3, backend="triton")
             assert torch.equal(found, gather_entries(given, places, scale=0.3, backend="torch"))

@@ -278,9 +278,12 @@ def test_triton_trains_as_torch_does(basis: str, keep: str, bits: int) -> None:
     found: list[list[torch.Tensor]] = []
     for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float64)):
         own, entries = x.to(dtype).requires_grad_(), values.clone().requires_grad_()
-        y = spectral_linear(
-            own, entries, base=codes, places=places, basis=basis, scale=0.5, bias=None, keep=keep, backend=backend
-        )
+        how = {"base": codes, "places": places, "basis": basis, "scale": 0.5, "backend": backend}
+        weight = None
+        if keep == "speed":
+            how_built = {name: how[name] for name in ("basis", "scale", "backend")}
+            weight = effective_weight(codes, values, places, dtype=dtype, **how_built)
+        y = spectral_linear(own, entries, bias=None, weight=weight, **how)
         y.backward(dy.to(dtype))
         assert entries.grad is not None
         assert entries.grad.dtype == torch.float32

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from qwha_cli.data.collate import pack, packed_batch, pad_batch
-from qwha_cli.data.flatten import FlatShape, flat_batch
+from qwha_cli.data.flatten import FlatShape, equal_length, flat_batch
 from qwha_cli.data.tokenize import IGNORED, Encoded
 from qwha_cli.errors import UsageError
 from qwha_cli.models.liger import FusedHead, fused_head
@@ -125,6 +125,19 @@ def test_loss_and_gradients_are_those_of_padded_and_of_packed_batches(build: Any
         with varlen_attention(model, reference=True):
             found = gradients(model, lambda flat=flat: summed_loss(model, flat, head=None, longest=LONGEST))
         assert_same(found, expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_sequences_of_one_length_give_the_same_as_a_batch_of_them(build: Any) -> None:
+    model = build().double()
+    rows = [Encoded(list(range(start, start + LONGEST)), list(range(start, start + LONGEST))) for start in (0, 50, 100)]
+    flat = flat_batch(rows, pad_id=256, shape=FlatShape(longest=LONGEST, tokens=LONGEST, sequences=8))
+    assert equal_length(flat) == LONGEST
+    expected = gradients(model, lambda: summed_loss(model, pad_batch(rows, pad_id=256), head=None))
+    with varlen_attention(model, reference=True):
+        found = gradients(model, lambda: summed_loss(model, flat, head=None, longest=LONGEST, equal=LONGEST))
+    assert_same(found, expected, rtol=1e-6)
+    assert equal_length(flat_batch(examples(), pad_id=256, shape=FILLED)) is None
 
 
 def test_examples_of_packed_rows_are_kept_apart() -> None:

@@ -8,7 +8,7 @@ and a recorded CUDA graph fits many batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ def flat_batch(rows: Sequence[Encoded | PackedRow], *, pad_id: int, shape: FlatS
     Returns:
         input_ids, position_ids: (1, T) int64; positions begin at 0 with every sequence.
         cu_seq_lens: (N + 1,) int32; sequence n has the tokens from cu_seq_lens[n] to before cu_seq_lens[n + 1]. Filled up with
-            empty sequences at the end.
+            empty sequences at the end, unless all are equally long.
         places: (L,) int64, indices into T of the tokens that predict a scored one, ascending. Filled up with 0.
         targets: (L,) int64, the tokens to predict there. Filled up with -100.
 
@@ -68,12 +68,20 @@ def flat_batch(rows: Sequence[Encoded | PackedRow], *, pad_id: int, shape: FlatS
     _check(lengths, longest=shape.longest)
     gap = -len(ids) % shape.tokens
     lengths.extend(min(shape.longest, gap - start) for start in range(0, gap, shape.longest))
-    lengths.extend([0] * (-len(lengths) % shape.sequences))
+    if len(set(lengths)) > 1:
+        lengths.extend([0] * (-len(lengths) % shape.sequences))
     named = _indices(torch.tensor(labels + [IGNORED] * gap, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64))
     fill = -len(named["places"]) % shape.places
     named["places"] = torch.nn.functional.pad(named["places"], (0, fill))
     named["targets"] = torch.nn.functional.pad(named["targets"], (0, fill), value=IGNORED)
     return {"input_ids": torch.tensor([ids + [pad_id] * gap], dtype=torch.int64), **named}
+
+
+def equal_length(batch: Mapping[str, Tensor]) -> int | None:
+    """The length of all sequences of a flat batch on the CPU, if they have the same."""
+    starts = batch["cu_seq_lens"]
+    found = set(starts.diff().tolist())
+    return found.pop() if len(found) == 1 else None
 
 
 def _check(lengths: Sequence[int], *, longest: int) -> None:

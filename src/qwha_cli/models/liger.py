@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from qwha_cli.errors import UsageError
 
 Kernels = Literal["auto", "torch", "liger"]
-# fewer make narrow products: 16 tokens a part took 17 of a small batch's 61 milliseconds on an H100 (docs/results/speed.md)
-_TOKENS_AT_ONCE = 256
+# An eighth of a batch's tokens at once, so that its logits stay small beside its activations. With less than 256 products are
+# narrow, more than 1024 gain nothing: 8,192 tokens and 128,256 words take 41 ms by 128, 23.7 by 256, 22.0 by 1024 on an H100.
+_LEAST_AT_ONCE, _MOST_AT_ONCE = 256, 1024
 # what some architectures do to the head's output before it is a logit
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale", "lm_head_multiplier")
 
@@ -129,8 +130,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         wanted: bool = ctx.needs_input_grad[0]
         losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
-        for start in range(0, hidden.shape[0], _TOKENS_AT_ONCE):
-            part = slice(start, start + _TOKENS_AT_ONCE)
+        for part in _parts(hidden.shape[0]):
             logits = hidden[part] @ weight.mT
             if bias is not None:
                 logits += bias
@@ -147,11 +147,15 @@ class _FrozenHeadLoss(torch.autograd.Function):
         if gradient is None:
             return None, None, None, None
         scaled = torch.empty_like(gradient)
-        for start in range(0, len(gradient), _TOKENS_AT_ONCE):
-            part = slice(start, start + _TOKENS_AT_ONCE)
+        for part in _parts(len(gradient)):
             # in float32: half precision would round the factor itself, 1 / number of tokens, the same way for every token
             scaled[part] = gradient[part].float().mul_(grad_outputs[0])
         return scaled, None, None, None
+
+
+def _parts(tokens: int) -> list[slice]:
+    size = min(max(-(-tokens // 8), _LEAST_AT_ONCE), _MOST_AT_ONCE)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
 def _cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, *, gradients: bool) -> None:

@@ -54,7 +54,12 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 
 
 def token_losses(
-    model: nn.Module, batch: Mapping[str, Tensor], *, narrow: bool | None = None, longest: int | None = None
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    narrow: bool | None = None,
+    longest: int | None = None,
+    equal: int | None = None,
 ) -> TokenLosses:
     """Run the model on a batch and return the loss of each labelled token.
 
@@ -64,12 +69,13 @@ def token_losses(
             (`attention_mask`, `position_ids`), all on the model's device. Or a flat batch.
         narrow: Compute logits only where needed. None asks the model's signature; False forces full logits (the same numbers).
         longest: Of a flat batch, and only of one: most tokens that a sequence may have.
+        equal: Of a flat batch: the length of all sequences, where it is known to be the same; attention is faster then.
 
     Returns:
         The losses in row-major order of the labels.
     """
     if "cu_seq_lens" in batch:
-        logits, targets = _flat_logits(model, batch, narrow=narrow, longest=longest)
+        logits, targets = _flat_logits(model, batch, narrow=narrow, lengths=(longest, equal))
         scored = targets != IGNORED
         losses = functional.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
         ends = batch["cu_seq_lens"][1:]
@@ -90,7 +96,14 @@ def token_losses(
     return TokenLosses(losses=losses, rows=labelled.nonzero()[:, 0])
 
 
-def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, head: FusedHead | None, longest: int | None = None) -> Tensor:
+def summed_loss(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    head: FusedHead | None,
+    longest: int | None = None,
+    equal: int | None = None,
+) -> Tensor:
     """The sum of `token_losses` over a batch.
 
     Args:
@@ -98,15 +111,16 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, head: FusedHea
         batch: As for `token_losses`.
         head: What stands in the place of the model's head, if something does: then logits are never made.
         longest: As for `token_losses`.
+        equal: As for `token_losses`.
 
     Returns:
         float32 scalar, nats; differentiable.
     """
     if "cu_seq_lens" in batch:
         if head is None:
-            logits, targets = _flat_logits(model, batch, narrow=None, longest=longest)
+            logits, targets = _flat_logits(model, batch, narrow=None, lengths=(longest, equal))
             return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-        states: Tensor = model(**_flat_inputs(batch, longest)).logits
+        states: Tensor = model(**_flat_inputs(batch, longest, equal)).logits
         return head.summed_loss(states.squeeze(0).index_select(0, batch["places"]), batch["targets"])
     if head is None:
         return token_losses(model, batch).losses.sum()
@@ -118,10 +132,10 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, head: FusedHea
 
 
 def _flat_logits(
-    model: nn.Module, batch: Mapping[str, Tensor], *, narrow: bool | None, longest: int | None
+    model: nn.Module, batch: Mapping[str, Tensor], *, narrow: bool | None, lengths: tuple[int | None, int | None]
 ) -> tuple[Tensor, Tensor]:
     """The logits (L, words) at a flat batch's places, and its targets (L,)."""
-    inputs, places = _flat_inputs(batch, longest), batch["places"]
+    inputs, places = _flat_inputs(batch, *lengths), batch["places"]
     if accepts_logits_to_keep(model) if narrow is None else narrow:
         logits: Tensor = model(**inputs, logits_to_keep=places).logits.squeeze(0)
     else:
@@ -129,7 +143,7 @@ def _flat_logits(
     return logits, batch["targets"]
 
 
-def _flat_inputs(batch: Mapping[str, Tensor], longest: int | None) -> dict[str, object]:
+def _flat_inputs(batch: Mapping[str, Tensor], longest: int | None, equal: int | None) -> dict[str, object]:
     """What the forward of a model takes of a flat batch, under transformers' names."""
     assert longest is not None, "a flat batch has to be run with the length that its sequences keep to"
     lengths = batch["cu_seq_lens"]
@@ -141,6 +155,7 @@ def _flat_inputs(batch: Mapping[str, Tensor], longest: int | None) -> dict[str, 
         "max_length_q": longest,
         "max_length_k": longest,
         "use_cache": False,
+        **({} if equal is None else {"equal_length": equal}),
     }
 
 

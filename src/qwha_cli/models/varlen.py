@@ -4,7 +4,8 @@
 
 Where sequences begin is told by cumulative lengths, as transformers hands them through to flash attention (`cu_seq_lens_q`,
 `max_length_q`, ...), so nothing is looked up on the device and a CUDA graph can be recorded. The kernel is torch's own flash
-attention, `torch.nn.attention.varlen`; the package flash-attn is not needed. A model is switched for a block of code, to a name
+attention, `torch.nn.attention.varlen`; the package flash-attn is not needed. Sequences of one length are a batch like any other,
+for which torch has faster kernels. A model is switched for a block of code, to a name
 of ours in transformers' AttentionInterface. transformers makes no mask for a name that it knows no mask function of, and then
 does not search the positions for packed sequences either, which would wait for the device: so none is registered.
 """
@@ -141,7 +142,7 @@ def varlen_attention(model: PreTrainedModel, *, reference: bool = False) -> Gene
     """Switch a model to attention over flat rows for the block, and exactly back after.
 
     In the block the forward takes one row with `cu_seq_lens_q`, `cu_seq_lens_k` (N + 1,) int32 and `max_length_q`, `max_length_k`
-    (int), and neither attention_mask nor cache.
+    (int), and neither attention_mask nor cache; and `equal_length` (int) where all sequences have that many tokens.
 
     Args:
         model: A causal language model of transformers, not wrapped.
@@ -224,6 +225,7 @@ def _attend(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    equal_length: int | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers' layers call it: (1, heads, T, head_dim) in, (1, T, heads, head_dim) out."""
@@ -240,6 +242,9 @@ def _attend(
     if torch.is_autocast_enabled(device):
         # as autocast does for torch's own attention; rotations may have made float32 of q and k
         query, key, value = (one.to(torch.get_autocast_dtype(device)) for one in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if equal_length is not None and (sliding_window is None or sliding_window >= equal_length):
+        return _attend_equal(query, key, value, length=equal_length, scale=scale), None
     q, k, v = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
     found = kernel(
         q,
@@ -247,10 +252,21 @@ def _attend(
         v,
         cu_seq_lens_q,
         longest=max_length_q,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=scale,
         window=sliding_window,
     )
     return found.unsqueeze(0), None
+
+
+def _attend_equal(query: Tensor, key: Tensor, value: Tensor, *, length: int, scale: float) -> Tensor:
+    """The same for sequences of one length, by whichever of torch's kernels is the fastest for a batch of them."""
+
+    def batch(x: Tensor) -> Tensor:
+        return x.squeeze(0).unflatten(1, (-1, length)).transpose(0, 1)
+
+    q, k, v = batch(query), batch(key), batch(value)
+    found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return found.transpose(1, 2).flatten(0, 1).unsqueeze(0)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qwha_cli.adapters.build import keeps_weights, renew_kept
 from qwha_cli.data.collate import pad_batch
-from qwha_cli.data.flatten import FlatShape, flat_batch
+from qwha_cli.data.flatten import FlatShape, equal_length, flat_batch
 from qwha_cli.data.tokenize import IGNORED, Encoded
 from qwha_cli.errors import RanksError, ResourceError, UsageError
 from qwha_cli.models.liger import FusedHead, apply_to_layers, choose_kernels, fused_head
@@ -183,10 +183,11 @@ class Engine:
 
     def _run(self, batch: dict[str, Tensor]) -> Tensor:
         """Forward and backward of a batch, replayed if that is how this engine works; return its summed loss."""
+        equal = None if self.flat is None else equal_length(batch)
         if self._graphs is None:
-            return self._passes(self._on_device(batch))
+            return self._passes(self._on_device(batch), equal)
         try:
-            return self._graphs({name: tensor.pin_memory() for name, tensor in batch.items()})
+            return self._graphs({name: tensor.pin_memory() for name, tensor in batch.items()}, equal)
         except CannotRecord as error:
             if self.settings.launch == "graph":
                 raise UsageError(
@@ -194,12 +195,12 @@ class Engine:
                 ) from error
             self._graphs = None
             self.notes.append(f"kernels are launched one by one: the step could not be recorded as a CUDA graph ({error})")
-            return self._passes(self._on_device(batch))
+            return self._passes(self._on_device(batch), equal)
 
-    def _passes(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _passes(self, batch: Mapping[str, Tensor], equal: int | None) -> Tensor:
         """Forward and backward of a batch on the device, which is never waited for if the batch is flat."""
         with autocasting(self.precision.autocast, device=self.device):
-            loss = summed_loss(self.wrapped, batch, head=self._head, longest=self._longest)
+            loss = summed_loss(self.wrapped, batch, head=self._head, longest=self._longest, equal=equal)
         (loss * self._factor).backward()
         return loss.detach()
 

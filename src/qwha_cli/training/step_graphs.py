@@ -27,8 +27,8 @@ _MOST_GRAPHS = 32
 # rotary embeddings whose frequencies depend on the longest position, which they ask the device for
 _ASKING_ROTATIONS = ("dynamic", "longrope")
 
-Passes = Callable[[Mapping[str, Tensor]], Tensor]
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+Passes = Callable[[Mapping[str, Tensor], int | None], Tensor]
+Shapes = tuple[int | None, tuple[tuple[str, tuple[int, ...]], ...]]
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,14 @@ class StepGraphs:
     """Runs passes, from the second of a shape on by replaying them.
 
     Args:
-        passes: Takes a batch on the device, runs forward and backward, adds the gradients to tensors that stay where they are,
-            and returns the loss. Must not wait for the device. What else it reads is read where it lay when it was recorded.
+        passes: Takes a batch on the device, and the length of its sequences if that is the same for all; runs forward and
+            backward, adds the gradients to tensors that stay where they are, and returns the loss. Must not wait for the
+            device. What else it reads is read where it lay when it was recorded.
         device: A CUDA device.
         most: Graphs kept at a time.
     """
 
-    def __init__(
-        self, passes: Callable[[Mapping[str, Tensor]], Tensor], *, device: torch.device, most: int = _MOST_GRAPHS
-    ) -> None:
+    def __init__(self, passes: Passes, *, device: torch.device, most: int = _MOST_GRAPHS) -> None:
         self._passes = passes
         self._device = device
         self._most = most
@@ -124,22 +123,23 @@ class StepGraphs:
         self._graphs: OrderedDict[Shapes, _Recorded] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, batch: Mapping[str, Tensor], equal: int | None) -> Tensor:
         """Run the passes of a batch; the loss is overwritten by the next call.
 
         Args:
             batch: Tensors on the device, or in pinned host memory.
+            equal: The length of all sequences, if it is the same; a number of the recording, like the shapes.
 
         Raises:
             CannotRecord: The pass cannot be recorded. Nothing of it has run.
         """
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
+        shapes = equal, tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
         found = self._graphs.get(shapes)
         if found is None:
             moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
             if shapes not in self._seen:
                 self._seen.add(shapes)
-                return self._passes(moved)
+                return self._passes(moved, equal)
             found = self._record(shapes, moved)
         else:
             for name, tensor in batch.items():
@@ -159,7 +159,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
-                loss = self._passes(batch)
+                loss = self._passes(batch, shapes[0])
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
