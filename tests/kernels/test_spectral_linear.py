@@ -277,7 +277,7 @@ def test_triton_trains_as_torch_does(basis: str, keep: str, bits: int) -> None:
     x, dy = gaussian(50, 320, seed=2, std=1.0).cuda().bfloat16(), gaussian(50, 192, seed=3, std=1.0).cuda().bfloat16()
     found: list[list[torch.Tensor]] = []
     for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float64)):
-        own, entries = x.to(dtype).requires_grad_(), values.clone().requires_grad_()
+        own, entries = x.clone().to(dtype).requires_grad_(), values.clone().requires_grad_()
         how = {"base": codes, "places": places, "basis": basis, "scale": 0.5, "backend": backend}
         weight = None
         if keep == "speed":

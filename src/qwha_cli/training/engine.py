@@ -209,6 +209,8 @@ class Engine:
         set_learning_rate(self.optimizer, lr)
         with self._explained():
             self.optimizer.step()
+        # fused kernels write into the values without counting it, and what was computed from them would seem up to date
+        torch.autograd.graph.increment_version(self.parameters.values())
         if self._gradients is not None:
             self._gradients.zero()
         else:
