@@ -104,8 +104,9 @@ def run(model: nn.Module, data: list[Encoded], *, batch: int, steps: int, device
     )
     engine = Engine(model, settings=settings)
     batches = Batches(
-        data, batch_size=batch, accumulation=1, seed=0, pad_id=256, pack_to=None, rank=engine.rank, ranks=engine.ranks
-    )
+        data, batch_size=batch, accumulation=1, seed=0, pad_id=256, pack_to=None, rank=engine.rank, ranks=engine.ranks,
+        flat=engine.flat,
+    )  # fmt: skip
     losses: list[float] = []
     tokens, started = 0, 0.0
     with engine.training():
@@ -119,7 +120,7 @@ def run(model: nn.Module, data: list[Encoded], *, batch: int, steps: int, device
             tokens += read
         _settle(device)
         seconds = time.perf_counter() - started
-    return {"tokens_per_s": tokens / seconds, "losses": losses, "peak_gib": engine.peak_gib()}
+    return {"tokens_per_s": tokens / seconds, "losses": losses, "peak_gib": engine.peak_gib(), "launch": engine.launch.reason}
 
 
 def _settle(device: torch.device) -> None:
@@ -155,6 +156,7 @@ def work(args: argparse.Namespace) -> None:
             "tokens_per_s": round(cast(float, rate["tokens_per_s"]), 1),
             "peak_gib": round(cast(float, rate["peak_gib"]), 2),
             "built_s": round(built, 1),
+            "launch": rate["launch"],
             "losses": curve["losses"],
         }
         Path(args.result).write_text(json.dumps(found))

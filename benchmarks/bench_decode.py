@@ -1,7 +1,7 @@
 """Tokens a second of generation with one sequence: a dense bfloat16 model and packed codes with adapters, in the same loop.
 
     python benchmarks/bench_decode.py --shape llama-3.2-3b --out decode.jsonl
-    python benchmarks/bench_decode.py --shape tiny-llama --device cpu --prompt 6 --new 8        (does it work?)
+    python benchmarks/bench_decode.py --shape tiny-llama --device cpu --group 16 --rank 2 --prompt 6 --new 8
 
 Weights and codes are random: speed and memory do not depend on them. The loop is greedy, on a static cache, and never waits for
 the device between tokens; a step is launched from Python, or replayed as a CUDA graph, which must give the same tokens. `ms` and
@@ -19,54 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from bench_quant_matmul import FORMATS, random_layer
+from shape_models import dense_model, quantized_model, with_sparse_adapter
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers import StaticCache
 
-from qwha_cli.kernels.dequantize import dequantize
-from qwha_cli.kernels.quant_matmul import MAX_TOKENS, quant_matmul
-from qwha_cli.kernels.wht import wht
 from qwha_cli.models.random import CONFIGS
-
-
-class Adapted(nn.Module):
-    """y = (x H) (Q̂ + F)ᵀ: codes in the Hadamard basis with an adapter beside them.
-
-    Args:
-        shape: (out, in).
-        form: A name of bench_quant_matmul.FORMATS.
-        adapter: Whether there is F.
-        device: Of all tensors.
-        group: Inputs that share a scale.
-    """
-
-    def __init__(self, shape: tuple[int, int], form: str, *, adapter: bool, device: str, group: int) -> None:
-        super().__init__()
-        self.layer = random_layer(shape, FORMATS[form], adapter=adapter, device=device, group=group)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        places, values = self.layer.sparse or (None, None)
-        z = wht(x).view(-1, x.shape[-1])
-        if z.shape[0] <= MAX_TOKENS:
-            y = quant_matmul(z, self.layer.base, places=places, values=values)
-        else:
-            weight = dequantize(self.layer.base, z.dtype)
-            if places is not None and values is not None:
-                weight += places.with_values(values).dense(z.dtype)
-            y = nn.functional.linear(z, weight)
-        return y.view(*x.shape[:-1], -1)
-
-
-def ours(model: PreTrainedModel, *, form: str, adapter: bool, device: str, group: int) -> PreTrainedModel:
-    """Put packed codes in the place of every linear layer of the blocks."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and ".layers." in name:
-            parent, _, own = name.rpartition(".")
-            shape = (module.out_features, module.in_features)
-            made = Adapted(shape, form, adapter=adapter, device=device, group=group)
-            setattr(model.get_submodule(parent), own, made)
-    return model
 
 
 class Decoder:
@@ -79,7 +36,7 @@ class Decoder:
         graph: Whether a step is replayed as a CUDA graph.
     """
 
-    def __init__(self, model: PreTrainedModel, prompt: Tensor, new: int, *, graph: bool) -> None:
+    def __init__(self, model: nn.Module, prompt: Tensor, new: int, *, graph: bool) -> None:
         self.model, self.prompt, self.new = model, prompt, new
         self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new)
         self.last = torch.zeros(1, 1, dtype=torch.long, device=prompt.device)
@@ -125,24 +82,21 @@ class Decoder:
         return time.perf_counter()
 
 
-def build(shape: str, device: str) -> PreTrainedModel:
-    """A model with random bfloat16 weights (float32 on a CPU)."""
-    fields = dict(CONFIGS[shape])
-    config = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
-    torch.manual_seed(0)
-    with torch.device(device):
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval().requires_grad_(False)
+def build(form: str, a: argparse.Namespace) -> nn.Module:
+    """A dense model, or one of packed codes in the Hadamard basis under the product's own layers."""
+    if form == "bf16":
+        return dense_model(a.shape, device=a.device).eval()
+    model = quantized_model(a.shape, bits=int(form), group=a.group, basis="hadamard", device=a.device)
+    if a.no_adapter:
+        return model.eval()
+    return with_sparse_adapter(model, rank=a.rank, device=a.device).eval().requires_grad_(False)
 
 
 def rows(a: argparse.Namespace) -> Iterator[dict[str, object]]:
     """A line for every model and way to launch a step."""
     cuda = a.device == "cuda"
     for form in ("bf16", *a.formats):
-        model = build(a.shape, a.device)
-        if form != "bf16":
-            model = ours(model, form=form, adapter=not a.no_adapter, device=a.device, group=a.group)
+        model = build(form, a)
         gc.collect()
         prompt = torch.arange(1, a.prompt + 1, device=a.device)[None]
         told: list[int] | None = None
@@ -170,7 +124,8 @@ def main() -> None:
     """Parse, run, write a JSON line a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.2-3b", choices=[name for name in CONFIGS if "llama" in name])
-    parser.add_argument("--formats", default=["2"], type=lambda text: text.split(","), help="of " + ", ".join(FORMATS))
+    parser.add_argument("--formats", default=["2"], type=lambda text: text.split(","), help="bits of codes: 2, 3, 4, 8")
+    parser.add_argument("--rank", type=int, default=64, help="the adapter has as many numbers as a LoRA of that rank")
     parser.add_argument("--no-adapter", action="store_true")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=64)

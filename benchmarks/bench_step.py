@@ -233,6 +233,8 @@ def run(a: argparse.Namespace) -> None:
                 print(json.dumps(line), flush=True)
                 with Path(a.out).open("a") as out:
                     out.write(json.dumps(line) + "\n")
+                # it holds the model
+                del take
         except (RuntimeError, torch.OutOfMemoryError, ImportError) as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
         step = None
