@@ -5,7 +5,8 @@
     python benchmarks/bench_effective_weight.py run --check                  first, that all results are torch's to the bit
 
 Bytes of a weight are its codes, scales and zeros, 2 + 4 a entry of F, and 2 a weight written. Time is taken as timing.py says, so
-that neither the host nor the cache flatters. One line of JSON a measurement; `share` is that of the copy's bandwidth.
+that neither the host nor the cache flatters. One line of JSON a measurement; `share` is that of the bandwidth of a copy of 512 MB,
+`share_alike` that of a copy which moves as many bytes as the kernel, and which like it does not fill the device for long.
 """
 
 from __future__ import annotations
@@ -86,16 +87,26 @@ class Report:
 
     def __init__(self, file: IO[str] | None, copy: float) -> None:
         self.file, self.copy = file, copy
+        self.alike: dict[int, float] = {}
 
     def line(self, taken: float, moved: int, *, show: bool = True, **fields: object) -> dict[str, object]:
         """Note a measurement of so many microseconds and bytes."""
         share = moved / (taken * 1e-6) / self.copy
         record = {**fields, "us": round(taken, 2), "gb_s": round(moved / taken / 1000), "share": round(share, 3)}
+        if show and moved:
+            record["share_alike"] = round(self.copy_us(moved) / taken, 3)
         if self.file is not None:
             self.file.write(json.dumps(record) + "\n")
         if show:
             print(json.dumps(record), flush=True)
         return record
+
+    def copy_us(self, moved: int) -> float:
+        """Microseconds of a copy that reads and writes so many bytes together."""
+        if moved not in self.alike:
+            sources = [torch.empty(moved // 4, dtype=torch.int16, device="cuda") for _ in range(num_copies(moved))]
+            self.alike[moved] = graph_us([partial(torch.clone, source) for source in sources])
+        return self.alike[moved]
 
 
 Job = tuple[Base | None, tuple[Tensor, Places, float], Tensor]

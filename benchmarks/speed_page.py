@@ -74,11 +74,11 @@ def transform(lines: Sequence[Line]) -> str:
 
 
 def weight(lines: Sequence[Line]) -> str:
-    """A layer's weight from codes and entries: share of a copy's bandwidth by shape and kind of base."""
-    cases = {(shape_of(x), str(x["kind"])): x["share"] for x in lines if x.get("op") == "effective_weight"}
+    """A layer's weight from codes and entries: share of a copy's bandwidth by shape and kind of base, of a large and of a like one."""
+    cases = {(shape_of(x), str(x["kind"])): x for x in lines if x.get("op") == "effective_weight"}
     kinds = [kind for kind in (*KINDS, "dense") if any(kind == known for _, known in cases)]
     shapes = dict.fromkeys(shape for shape, _ in cases)
-    rows = [[shape, *(number(cases.get((shape, kind)), ".2f") for kind in kinds)] for shape in shapes]
+    rows = [[shape, *(_shares(cases.get((shape, kind))) for kind in kinds)] for shape in shapes]
     return markdown(["out × in", *(_NAMES[kind] for kind in kinds)], rows)
 
 
@@ -92,6 +92,13 @@ def few_tokens(lines: Sequence[Line]) -> str:
             dense = next((x["dense_graph_us"] for x in mine if x), None)
             table.append([f"{shape}, {tokens} token{'s' * (tokens > 1)}", *(_with_share(x) for x in mine), number(dense)])
     return markdown(["out × in", *(_NAMES[kind] for kind in KINDS), "dense bf16"], table)
+
+
+def _shares(line: Line | None) -> str:
+    if line is None:
+        return "–"
+    alike = line.get("share_alike")
+    return number(line["share"], ".2f") + ("" if alike is None else f" ({number(alike, '.2f')})")
 
 
 def _with_share(line: Line | None) -> str:
@@ -133,7 +140,11 @@ TABLES: _Tables = (
     ("sweeps", f"**By sequence length** (one sequence, {SHAPE}, checkpointing on)", lambda lines: sweep(lines, "length")),
     ("sweeps", "**By model size** (one sequence of 512 tokens, checkpointing on)", lambda lines: sweep(lines, "model")),
     ("wht", "**Transform** (bfloat16; share of a copy's bandwidth)", transform),
-    ("effective-weight", "**Weight from codes and entries** (share of a copy's bandwidth)", weight),
+    (
+        "effective-weight",
+        "**Weight from codes and entries** (share of a large copy's bandwidth; in brackets, of a copy of as many bytes)",
+        weight,
+    ),
     (
         "quant-matmul",
         "**Tokens times codes** (with entries; µs in a graph, and the share that reading the bytes takes)",

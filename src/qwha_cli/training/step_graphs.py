@@ -122,6 +122,8 @@ class StepGraphs:
         self._seen: set[Shapes] = set()
         self._graphs: OrderedDict[Shapes, _Recorded] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
+        # of the first runs too, so that libraries take their workspaces once
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, batch: Mapping[str, Tensor], equal: int | None) -> Tensor:
         """Run the passes of a batch; the loss is overwritten by the next call.
@@ -139,7 +141,7 @@ class StepGraphs:
             moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
             if shapes not in self._seen:
                 self._seen.add(shapes)
-                return self._passes(moved, equal)
+                return self._run(moved, equal)
             found = self._record(shapes, moved)
         else:
             for name, tensor in batch.items():
@@ -147,6 +149,15 @@ class StepGraphs:
             self._graphs.move_to_end(shapes)
         found.graph.replay()
         return found.loss
+
+    def _run(self, batch: dict[str, Tensor], equal: int | None) -> Tensor:
+        """The passes as they are."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            loss = self._passes(batch, equal)
+        current.wait_stream(self._stream)
+        return loss
 
     def clear(self) -> None:
         """Forget all that was recorded: something that the passes read has moved."""
@@ -158,7 +169,7 @@ class StepGraphs:
             self._graphs.popitem(last=False)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 loss = self._passes(batch, shapes[0])
         except torch.OutOfMemoryError:
             raise
