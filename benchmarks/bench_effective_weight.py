@@ -5,7 +5,7 @@
     python benchmarks/bench_effective_weight.py run --check                  first, that all results are torch's to the bit
 
 Bytes of a weight are its codes, scales and zeros, 2 + 4 a entry of F, and 2 a weight written. Time is taken as timing.py says, so
-that neither the host nor the cache flatters. One line of JSON a measurement; `share` is that of the bandwidth of a copy of 512 MB,
+that neither the host nor the cache flatters. One line of JSON a measurement; `share` is that of a large copy's bandwidth,
 `share_alike` that of a copy which moves as many bytes as the kernel, and which like it does not fill the device for long.
 """
 

@@ -74,7 +74,7 @@ def transform(lines: Sequence[Line]) -> str:
 
 
 def weight(lines: Sequence[Line]) -> str:
-    """A layer's weight from codes and entries: share of a copy's bandwidth by shape and kind of base, of a large and of a like one."""
+    """A layer's weight from codes and entries: share of a large copy's bandwidth, and of a like one's."""
     cases = {(shape_of(x), str(x["kind"])): x for x in lines if x.get("op") == "effective_weight"}
     kinds = [kind for kind in (*KINDS, "dense") if any(kind == known for _, known in cases)]
     shapes = dict.fromkeys(shape for shape, _ in cases)
@@ -142,7 +142,7 @@ TABLES: _Tables = (
     ("wht", "**Transform** (bfloat16; share of a copy's bandwidth)", transform),
     (
         "effective-weight",
-        "**Weight from codes and entries** (share of a large copy's bandwidth; in brackets, of a copy of as many bytes)",
+        "**Weight from codes and entries** (share of a large copy; in brackets, of a copy of as many bytes)",
         weight,
     ),
     (
