@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from qwha_cli.cli import launch
 from qwha_cli.cli.app import app
-from qwha_cli.cli.launch import Launch
+from qwha_cli.cli.launch import Launch, stopping
 from qwha_cli.stages.ranks import FAILURE_FILE, Ranks, own_ranks
 
 
@@ -139,3 +140,12 @@ def test_the_code_of_the_first_failure_is_the_commands(
 def test_launch_is_wanted_for_several_processes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     assert [Launch(gpus).wanted for gpus in (None, 1, 2)] == [False, False, True]
+
+
+def test_torchrun_is_told_how_long_to_wait_where_it_can_be() -> None:
+    old, new = argparse.ArgumentParser(), argparse.ArgumentParser()
+    for parser in (old, new):
+        parser.add_argument("--signals-to-handle")
+    new.add_argument("--shutdown-timeout", type=int)
+    assert vars(old.parse_args(stopping(old))) == {"signals_to_handle": "SIGINT"}
+    assert vars(new.parse_args(stopping(new))) == {"signals_to_handle": "SIGINT", "shutdown_timeout": 600}

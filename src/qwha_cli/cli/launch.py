@@ -8,6 +8,7 @@ nothing is started.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # A step and its checkpoint should be done by then; afterwards the processes are killed.
 _STOP_S = 600
+_PATIENCE = "--shutdown-timeout"
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _torchrun(arguments: Sequence[str]) -> QwhaError | None:
     """Let torchrun work; return what to say if no process has said anything."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import get_args_parser, parse_args, run
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -173,7 +175,7 @@ def _torchrun(arguments: Sequence[str]) -> QwhaError | None:
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, stop)
     try:
-        run(parse_args(["--signals-to-handle", "SIGINT", "--shutdown-timeout", str(_STOP_S), *arguments]))
+        run(parse_args([*stopping(get_args_parser()), *arguments]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"by {failure.signal_name()}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"
@@ -189,6 +191,15 @@ def _torchrun(arguments: Sequence[str]) -> QwhaError | None:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return None
+
+
+def stopping(parser: argparse.ArgumentParser) -> list[str]:
+    """What tells torchrun how to stop its processes, of what a torchrun with this parser understands.
+
+    That of torch 2.11 cannot be told how long they may take after a SIGINT: it kills them after 30 seconds.
+    """
+    found = ["--signals-to-handle", "SIGINT"]
+    return [*found, _PATIENCE, str(_STOP_S)] if _PATIENCE in parser.format_help() else found
 
 
 def _end_children() -> None:
