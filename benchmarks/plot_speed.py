@@ -57,7 +57,7 @@ PANELS = (
 def profile(source: str, out: str) -> None:
     """Draw the cases of a profile side by side, parts in the order of the first case."""
     found = json.loads(Path(source).read_text())
-    figure = Figure(figsize=(11, 3.8), dpi=160)
+    figure = Figure(figsize=(3 + 3.1 * len(found["cases"]), 3.8), dpi=160)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(found["cases"]), sharey=True)
     names = list(next(iter(found["cases"].values())))
@@ -66,8 +66,10 @@ def profile(source: str, out: str) -> None:
         axis.barh(names, values, color=[OURS if "(ours)" in name else OTHERS for name in names], height=0.7)
         for y, value in enumerate(values):
             axis.text(value + 0.01 * max(values), y, f"{value:.1f}", va="center", color=INK, fontsize=9)
-        axis.set_title(f"{case}: {sum(values):.0f} ms on the GPU", loc="left", fontsize=10, color=INK)
-        axis.set_xlabel("milliseconds a step", color=FAINT, fontsize=9)
+        whole = found.get("step_ms", {}).get(case)
+        of = "" if whole is None else f" of {whole}"
+        axis.set_title(f"{case}: {sum(values):.0f}{of} ms", loc="left", fontsize=10, color=INK)
+        axis.set_xlabel("milliseconds of the GPU a step", color=FAINT, fontsize=9)
         axis.set_xlim(0, 1.13 * max(values))
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=FAINT, labelsize=9)

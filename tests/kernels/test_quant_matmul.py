@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from qwha_cli.errors import KernelError
+from qwha_cli.kernels.backend import Choice
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize import dequantize
 from qwha_cli.kernels.places import Places
-from qwha_cli.kernels.quant_matmul import quant_matmul
+from qwha_cli.kernels.quant_matmul import quant_matmul, suits
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.unpack import pack
 from support.triton import HAS_TRITON, run_interpreted
@@ -164,6 +165,22 @@ made += sum(as_reference(form, shape, torch.float16, "cpu", (1, 16)) for form, s
 made += sum(as_reference(FORMATS[-1], shape, torch.float16, "cpu", (2,)) for shape in SIZES[-2:])
 print("interpreted", made, every_cut("cpu", FORMATS[1::2], (40, 320, 64)))
 """
+
+
+@pytest.mark.parametrize(("layout", "bits", "most"), [("gptq", 2, 16), ("gptq", 4, 16), ("nf4", 4, 1)])
+def test_it_is_taken_for_as_many_tokens_as_it_is_faster_for(
+    monkeypatch: pytest.MonkeyPatch, layout: str, bits: int, most: int
+) -> None:
+    monkeypatch.setattr("qwha_cli.kernels.quant_matmul.choose", lambda *_, **__: Choice("triton", "for this test"))
+    base, _ = codes(layout, bits, bits, (80, 80, 16))
+
+    def taken(*shape: int) -> bool:
+        return suits(torch.zeros(*shape, 80, dtype=torch.float16), base, torch.float16, "auto")
+
+    with torch.no_grad():
+        assert [taken(1, count) for count in (1, most, most + 1)] == [True, True, False]
+        assert not taken(0, 1)
+    assert not taken(1, 1)
 
 
 @pytest.mark.slow

@@ -83,10 +83,15 @@ def suits(x: Tensor, base: Codes | Tensor, dtype: torch.dtype, backend: Requeste
     return (
         not torch.is_grad_enabled()
         and isinstance(base, Codes)
-        and 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
+        and 0 < x.numel() <= _most_tokens(base) * x.shape[-1]
         and _lacking(dtype, base) is None
         and choose(backend, op=OP, device=x.device).name == "triton"
     )
+
+
+def _most_tokens(base: Codes) -> int:
+    # more tokens of NF4 take 1.4 to 2.2 times as long as making the weight and an ordinary product (H100; docs/results/speed.md)
+    return 1 if base.layout == "nf4" else MAX_TOKENS
 
 
 def _check(
