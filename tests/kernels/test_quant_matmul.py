@@ -194,7 +194,8 @@ def test_triton_interpreted_is_the_dense_reference() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMATS)
 def test_triton_on_a_gpu_is_the_dense_reference(form: tuple[str, int, int], dtype: torch.dtype) -> None:
-    for shape in [*SIZES, (1000, 3072, 64)]:
+    # the interpreter has seen all sizes; here every size and dtype is compiled anew, seconds each
+    for shape in (SIZES[0], SIZES[3], (1000, 3072, 64)):
         as_reference(form, shape, dtype, "cuda")
 
 

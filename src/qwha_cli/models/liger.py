@@ -137,6 +137,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             _cross_entropy_in_place(logits, targets[part], losses[part], gradients=wanted)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
+            # else the next part's would be made beside them
+            del logits
         ctx.save_for_backward(gradient)
         return losses.sum()
 
