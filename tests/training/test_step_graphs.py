@@ -160,6 +160,25 @@ def test_a_shape_runs_as_it_is_then_is_recorded_then_replayed_and_the_oldest_is_
 
 @needs_cuda
 @pytest.mark.gpu
+def test_graphs_make_way_for_a_first_run_that_would_not_fit_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def passes(batch: Mapping[str, Tensor], equal: int | None) -> Tensor:
+        calls.append(len(batch["x"]))
+        return (batch["x"].repeat(2**20, 1) * 2).sum() / 2**20
+
+    graphs = StepGraphs(passes, device=CUDA)
+    for _ in range(3):
+        assert float(graphs({"x": torch.ones(8)}, None)) == 16.0
+    assert calls == [8, 8]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    assert float(graphs({"x": torch.ones(9)}, None)) == 18.0
+    assert float(graphs({"x": torch.ones(8)}, None)) == 16.0
+    assert calls == [8, 8, 9, 8]
+
+
+@needs_cuda
+@pytest.mark.gpu
 def test_a_pass_that_waits_for_the_device_cannot_be_recorded_and_training_says_so(tmp_path: Path) -> None:
     graphs = StepGraphs(lambda batch, _: batch["x"] * float(batch["x"].sum().item()), device=CUDA)
     assert graphs({"x": torch.ones(2)}, None).tolist() == [2.0, 2.0]

@@ -4,7 +4,8 @@ takes several times as long to launch them as the device to run them (docs/resul
 A graph replays exactly the launches that were recorded, on the same memory. So it belongs to one set of shapes; batches are
 rounded up to few of them (data/flatten.py). The first batch of a shape runs as it is, which also compiles kernels and fills
 caches, the second is recorded, and from then on batches are copied into place and replayed. Gradients have to lie still
-(gradients.py). All graphs share one pool of memory, since no two run at a time and nothing but the loss is read after one.
+(gradients.py). All graphs share one pool of memory, since no two run at a time and nothing but the loss is read after one. A
+first run takes as much once more, and where the device no longer has that, the graphs make way.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         # of the first runs too, so that libraries take their workspaces once
         self._stream = torch.cuda.Stream(device)
+        # the most bytes that a first run had to ask the driver for
+        self._need = 0
 
     def __call__(self, batch: Mapping[str, Tensor], equal: int | None) -> Tensor:
         """Run the passes of a batch; the loss is overwritten by the next call.
@@ -152,11 +155,17 @@ class StepGraphs:
 
     def _run(self, batch: dict[str, Tensor], equal: int | None) -> Tensor:
         """The passes as they are."""
+        if self._graphs and torch.cuda.mem_get_info(self._device)[0] < self._need:
+            # what was recorded holds as much as this run needs; it comes again
+            self._graphs.clear()
+            torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self._device)
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             loss = self._passes(batch, equal)
         current.wait_stream(self._stream)
+        self._need = max(self._need, torch.cuda.memory_reserved(self._device) - before)
         return loss
 
     def clear(self) -> None:
