@@ -100,6 +100,17 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What was chosen for this device and why, for the run's notes."""
+        if self.device.type != "cuda":
+            # three sentences that a GPU is missing would hide the one that says something
+            return (
+                self.precision.reason,
+                f"transformers' own layers, padded batches and single kernels, as always on {self.device.type}",
+            )
+        return self.precision.reason, self.kernels.reason, self.attention.reason, self.launch.reason
+
     @contextlib.contextmanager
     def training(self) -> Generator[None]:
         """Put the model into training mode for the block, wrapped if there are several ranks, and into eval mode after.

@@ -137,10 +137,8 @@ class _Run:
         if not self.main:
             return
         self.progress.start(self.total_steps)
-        self._note(self.engine.precision.reason)
-        self._note(self.engine.kernels.reason)
-        self._note(self.engine.attention.reason)
-        self._note(self.engine.launch.reason)
+        for reason in self.engine.reasons:
+            self._note(reason)
         if self.engine.ranks > 1:
             share = self.settings.batch_size // self.engine.ranks
             self._note(f"training on {self.engine.ranks} processes of {share} sequences each")
