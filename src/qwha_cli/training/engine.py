@@ -105,10 +105,8 @@ class Engine:
         """What was chosen for this device and why, for the run's notes."""
         if self.device.type != "cuda":
             # three sentences that a GPU is missing would hide the one that says something
-            return (
-                self.precision.reason,
-                f"transformers' own layers, padded batches and single kernels, as always on {self.device.type}",
-            )
+            others = f"transformers' own layers, padded batches and single kernels, as always on {self.device.type}"
+            return self.precision.reason, others
         return self.precision.reason, self.kernels.reason, self.attention.reason, self.launch.reason
 
     @contextlib.contextmanager
