@@ -41,7 +41,7 @@ from shape_models import (
 )
 from torch import nn
 
-from qwha_cli.adapters.build import set_keep
+from qwha_cli.adapters.keep import set_keep
 from qwha_cli.data.flatten import FlatShape, flat_batch
 from qwha_cli.data.tokenize import Encoded
 from qwha_cli.models.liger import FusedHead, apply_to_layers, choose_kernels, fused_head

@@ -30,7 +30,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qwha_cli.adapters.build import load_adapter, set_keep
+from qwha_cli.adapters.build import load_adapter
+from qwha_cli.adapters.keep import set_keep
 from qwha_cli.catalog import LOW_RANK_INITIALIZERS
 from qwha_cli.data.gsm8k import read as read_gsm8k
 from qwha_cli.data.split import train_validation

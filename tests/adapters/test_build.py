@@ -11,16 +11,8 @@ from peft import OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qwha_cli.adapters.build import (
-    add_adapter,
-    as_stored,
-    cache_weights,
-    load_adapter,
-    merged_weight,
-    save_adapter,
-    set_backend,
-    set_keep,
-)
+from qwha_cli.adapters.build import add_adapter, as_stored, cache_weights, load_adapter, merged_weight, save_adapter, set_backend
+from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.provenance import base_fingerprint, hadamard_digests
 from qwha_cli.adapters.spectral.config import SpectralConfig
 from qwha_cli.adapters.spectral.model import spectral_layers

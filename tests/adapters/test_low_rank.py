@@ -15,7 +15,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qwha_cli.adapters.build import adapted_layers, add_adapter, cache_weights, load_adapter, save_adapter, set_keep
+from qwha_cli.adapters.build import adapted_layers, add_adapter, cache_weights, load_adapter, save_adapter
+from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.low_rank.layer import LowRankLinear
 from qwha_cli.adapters.low_rank.model import LowRankModel
 from qwha_cli.adapters.peft_bridge import register

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwha_cli.adapters.build import add_adapter, set_keep
+from qwha_cli.adapters.build import add_adapter
+from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.spectral.places import random_rows
 from qwha_cli.data.tokenize import IGNORED, Encoded
 from qwha_cli.errors import UsageError

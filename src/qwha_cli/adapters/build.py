@@ -23,14 +23,12 @@ from qwha_cli.adapters.low_rank.model import LowRankModel, use_our_layers
 from qwha_cli.adapters.peft_bridge import register
 from qwha_cli.adapters.provenance import base_fingerprint, check_base
 from qwha_cli.adapters.spectral.config import SpectralConfig, Store, store_dtype
-from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.adapters.spectral.model import SpectralModel
 from qwha_cli.errors import ArtifactError, ModelError
 from qwha_cli.kernels.backend import Requested, choose
 from qwha_cli.kernels.effective_weight import OP
 from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.kernels.sparse_matmul import SparseRows
-from qwha_cli.kernels.spectral_linear import Keep
 from qwha_cli.kernels.wht import choose_transform
 from qwha_cli.quant.linear import QuantizedLinear
 
@@ -206,31 +204,6 @@ def cache_weights(model: nn.Module, on: bool) -> None:
     """Keep (or drop) every layer's dense effective weight between forward passes in eval mode, see AdaptedLinear."""
     for layer in _adapted_layers(model).values():
         layer.cache_weights(on)
-
-
-def renew_kept(model: nn.Module) -> None:
-    """Bring the dense weights that keep="speed" keeps up to date in place, so that recorded passes find them where they were."""
-    for layer in _adapted_layers(model).values():
-        layer.renew_kept()
-
-
-def keeps_weights(model: nn.Module) -> bool:
-    """Whether any layer keeps its dense weight for training."""
-    return any(layer.keep == "speed" for layer in _adapted_layers(model).values())
-
-
-def set_keep(model: nn.Module, keep: Keep) -> None:
-    """Choose for all layers whether passes compute dense weights again ("memory") or keep them until values change ("speed").
-
-    Beside a LoRA, and without an adapter, it is the base's own dense weight that is kept.
-    """
-    layers = _adapted_layers(model).values()
-    for layer in layers:
-        layer.keep = keep
-    with_sum = {id(layer.base_layer) for layer in layers if isinstance(layer, SpectralLinear)}
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear) and id(module) not in with_sum:
-            module.keep_dense = keep == "speed"
 
 
 def set_backend(

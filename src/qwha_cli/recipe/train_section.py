@@ -104,9 +104,12 @@ class TrainSection(Section):
     ] = "auto"
     checkpointing: Annotated[bool, Field(description="Recompute activations in the backward: less memory, more time.")] = False
     keep: Annotated[
-        Literal["memory", "speed"],
-        Field(description="`memory` recomputes dense weights in the backward, `speed` keeps them. Same result."),
-    ] = "memory"
+        Literal["auto", "memory", "speed"],
+        Field(
+            description="`memory` makes dense weights again for each pass, `speed` keeps them for an optimizer step; "
+            "`auto` keeps them where a GPU has four times the room. Same result."
+        ),
+    ] = "auto"
     save_every: Annotated[Count, Field(description="Optimizer steps between checkpoints.")] = 50
     validation: Annotated[ValidationSection | None, Field(description="Watch held-out training examples; null for not.")] = None
 

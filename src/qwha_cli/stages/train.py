@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from qwha_cli import catalog
-from qwha_cli.adapters.build import load_adapter, save_adapter, set_backend, set_keep
+from qwha_cli.adapters.build import load_adapter, save_adapter, set_backend
+from qwha_cli.adapters.keep import choose_keep, set_keep
 from qwha_cli.data.example import Example
 from qwha_cli.data.split import train_validation
 from qwha_cli.data.tokenize import Encoded, encode
 from qwha_cli.errors import DataError
+from qwha_cli.kernels.spectral_linear import Keep
 from qwha_cli.models.load import load_tokenizer
 from qwha_cli.quant.checkpoint import load_base
 from qwha_cli.recipe.schema import Recipe
@@ -46,9 +48,12 @@ def run(context: StageContext) -> dict[str, object]:
     shard = _shard_on(context)
     if shard is None:
         model.to(context.device)
-    set_keep(model, settings.keep)
     device = shard or context.device
     dtype = choose_precision(settings.precision, device=device).autocast or context.dtype
+    kept_weights = choose_keep(_keep(context, shard=shard), model, dtype=dtype, device=device)
+    set_keep(model, kept_weights.keep)
+    if device.type == "cuda":
+        context.note(kept_weights.reason)
     for sentence in set_backend(model, settings.backend, dtype=dtype, device=device):
         context.note(sentence)
     outcome = train(
@@ -100,6 +105,12 @@ def _shard_on(context: StageContext) -> torch.device | None:
     if not context.recipe.train.checkpointing:
         context.note("train.checkpointing is on, as a split base needs it")
     return context.device
+
+
+def _keep(context: StageContext, *, shard: torch.device | None) -> Literal["auto"] | Keep:
+    asked = context.recipe.train.keep
+    # a split base has its codes in one block at a time
+    return "memory" if shard is not None and asked == "auto" else asked
 
 
 def _settings(recipe: Recipe, pad_id: int, *, shard: torch.device | None) -> TrainSettings:

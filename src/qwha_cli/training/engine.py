@@ -19,7 +19,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qwha_cli.adapters.build import keeps_weights, renew_kept
+from qwha_cli.adapters.keep import keeps_weights, renew_kept
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.flatten import FlatShape, equal_length, flat_batch
 from qwha_cli.data.tokenize import IGNORED, Encoded
@@ -330,7 +330,7 @@ class Engine:
                 f"{self.device} has too little memory for a training step ({cause})",
                 where="train",
                 remedy="lower train.batch_size (raise train.accumulation to keep the step), set train.checkpointing=true, "
-                "or lower train.max_length; checkpoints are kept",
+                "train.keep=memory, or lower train.max_length; checkpoints are kept",
             ) from error
 
 
