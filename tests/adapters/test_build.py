@@ -286,7 +286,15 @@ def test_speed_builds_a_weight_once_until_its_values_change(monkeypatch: pytest.
     optimizer.step()
     model(IDS, labels=IDS).loss.backward()
     assert len(made) == 2 * len(layers)
-    model.eval()
+    # a validation finds them, and leaves them where they are; a recorded pass reads them there
+    where = [layer._kept(("default",), "wht", torch.float32).data_ptr() for layer in layers.values()]
+    optimizer.step()
+    with torch.no_grad():
+        model.eval()(IDS, labels=IDS)
+    model.train()(IDS, labels=IDS)
+    assert len(made) == 3 * len(layers)
+    assert [layer._kept(("default",), "wht", torch.float32).data_ptr() for layer in layers.values()] == where
+    set_keep(model, "memory")
     assert all(len(layer._weights) == 0 for layer in layers.values())
 
 

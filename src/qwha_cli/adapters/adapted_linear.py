@@ -80,6 +80,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def renew_kept(self) -> None:
         """Compute the weights that keep="speed" has kept again, where they lie, if values have changed since."""
 
+    def forget_kept(self) -> None:
+        """Drop the weights that keep="speed" has kept, but not those that `cache_weights` wants."""
+        if self.training or not self._caching:
+            self._weights.clear()
+
     # ---- the frozen layer
 
     @property
@@ -169,9 +174,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._weights.clear()
 
     def train(self, mode: bool = True) -> AdaptedLinear:
-        """As nn.Module.train; drops the weights that were kept, but in eval mode those that `cache_weights` wants."""
-        # what training kept would not be used again, and what evaluation keeps must not outlive it
-        if mode or not self._caching:
+        """As nn.Module.train; drops the weights that `cache_weights` keeps in eval mode, but not those of keep="speed"."""
+        # a validation between two steps must not move what recorded passes read
+        if self.keep != "speed" and (mode or not self._caching):
             self._weights.clear()
         return super().train(mode)
 

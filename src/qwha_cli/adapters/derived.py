@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -47,15 +47,15 @@ class Derived(Generic[T]):
         self._entries[key] = _Entry(tuple(sources), tuple(_version(source) for source in sources), result)
         return result
 
-    def renew(self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], T]) -> None:
+    def renew(self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
         """As `get`, but an outdated tensor gets its new numbers where it lies, for those who hold its address."""
         entry = self._entries.get(key)
-        if entry is None or not isinstance(entry.result, Tensor):
-            self.get(key, sources, make)
-        elif not _unchanged(entry, sources):
-            with torch.inference_mode(False), torch.no_grad():
-                entry.result.copy_(make())  # pyright: ignore[reportArgumentType]  # a tensor again
-            self._entries[key] = _Entry(tuple(sources), tuple(_version(source) for source in sources), entry.result)
+        if entry is None or _unchanged(entry, sources) or not isinstance(entry.result, Tensor):
+            return cast(Tensor, self.get(key, sources, cast("Callable[[], T]", make)))
+        with torch.inference_mode(False), torch.no_grad():
+            entry.result.copy_(make())
+        self._entries[key] = _Entry(tuple(sources), tuple(_version(source) for source in sources), entry.result)
+        return entry.result
 
     def clear(self) -> None:
         """Drop everything, also the references to the sources."""

@@ -66,6 +66,8 @@ def set_keep(model: nn.Module, keep: Keep) -> None:
     layers = adapted_layers(model).values()
     for layer in layers:
         layer.keep = keep
+        if keep == "memory":
+            layer.forget_kept()
     with_sum = {id(layer.base_layer) for layer in layers if isinstance(layer, SpectralLinear)}
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and id(module) not in with_sum:
@@ -76,8 +78,3 @@ def renew_kept(model: nn.Module) -> None:
     """Bring the dense weights that keep="speed" keeps up to date in place, so that recorded passes find them where they were."""
     for layer in adapted_layers(model).values():
         layer.renew_kept()
-
-
-def keeps_weights(model: nn.Module) -> bool:
-    """Whether any layer keeps its dense weight for training."""
-    return any(layer.keep == "speed" for layer in adapted_layers(model).values())

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qwha_cli.adapters.keep import keeps_weights, renew_kept
+from qwha_cli.adapters.keep import renew_kept
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.flatten import FlatShape, equal_length, flat_batch
 from qwha_cli.data.tokenize import IGNORED, Encoded
@@ -245,9 +245,6 @@ class Engine:
                     batch, _ = self._held_out(ordered[:1])
                     summed_loss(self.model, self._on_device(batch), head=self._head, longest=self._longest)
         self.model.train()
-        if self._graphs is not None and keeps_weights(self.model):
-            # the change of mode has dropped them
-            self._graphs.clear()
         total, count = self._sum(sums).tolist()
         return total / max(1.0, count)
 

@@ -196,7 +196,9 @@ class SpectralLinear(AdaptedLinear):
     def _kept(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
         """The dense weight, made once for all forward and backward passes until an optimizer moves the values."""
         sources = [self.qwha_values[name] for name in names]
-        return self._weights.get((dtype, names), sources, lambda: self._effective(names, transform, dtype))
+        # in training a recorded pass reads it where it was
+        find = self._weights.renew if self.keep == "speed" else self._weights.get
+        return find((dtype, names), sources, lambda: self._effective(names, transform, dtype))
 
     def renew_kept(self) -> None:
         """Compute the weights that keep="speed" has kept again, where they lie, if values have changed since."""
