@@ -59,8 +59,8 @@ class Engine:
     def __init__(self, model: nn.Module, *, settings: TrainSettings) -> None:
         device = next(model.parameters()).device
         target = settings.shard_on or device
-        # its state alone: an Accelerator would wrap model and arithmetic by what `accelerate launch` was configured with
         self.notes: list[str] = []
+        # its state alone: an Accelerator would wrap model and arithmetic by what `accelerate launch` was configured with
         self.state = PartialState(cpu=target.type == "cpu", timeout=_TIMEOUT)
         self.ranks: int = self.state.num_processes
         self.rank: int = self.state.process_index
