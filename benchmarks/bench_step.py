@@ -272,10 +272,18 @@ def table(paths: list[str]) -> str:
     found = {(line["row"] + (ONE_BY_ONE if line.get("launch") == "eager" else ""), line["case"]): line for line in lines}
     parts = ["| | " + " | ".join(f"{c}: ms | GiB" for c in cases) + " |", "|---|" + "---:|---:|" * len(cases)]
     for row in (row + how for row in ROWS for how in ("", ONE_BY_ONE)):
-        cells = [f"{found[row, c]['ms']:.0f} | {found[row, c]['peak_gib']:.1f}" if (row, c) in found else "– | –" for c in cases]
+        cells = [_cell(found.get((row, c))) for c in cases]
         if any(cell[0] != "–" for cell in cells):
             parts.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(parts)
+
+
+def _cell(line: dict[str, float | None] | None) -> str:
+    if line is None:
+        return "– | –"
+    # not known where another model was in memory too
+    peak = line["peak_gib"]
+    return f"{line['ms']:.0f} | {'–' if peak is None else format(peak, '.1f')}"
 
 
 def main() -> None:
