@@ -20,13 +20,13 @@ import contextlib
 import gc
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
+from machine import current_commit
 from shape_models import (
     DTYPE,
     OfficialLinear,
@@ -168,17 +168,16 @@ class Step:
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
             graphs = StepGraphs(passes, device=self.device)
-            state = {"launch": "graph"}
 
             def recorded() -> torch.Tensor:
-                if state["launch"] == "eager":
+                if self.launch == "eager":
                     return one_by_one()
                 torch._foreach_zero_([cast(torch.Tensor, parameter.grad) for parameter in self.trained])
                 try:
                     return graphs(data, self.length)
                 except CannotRecord as error:
                     print(f"not recorded: {error}", flush=True)
-                    state["launch"] = self.launch = "eager"
+                    self.launch = "eager"
                     return one_by_one()
 
             try:
@@ -302,7 +301,7 @@ def main() -> None:
         command.add_argument("--loss", choices=("liger", "plain"), default="liger")
         command.add_argument("--launch", choices=("graph", "eager"), default="graph")
         command.add_argument("--device", default="cuda")
-        command.add_argument("--commit", default=_commit())
+        command.add_argument("--commit", default=current_commit())
         command.add_argument("--out", required=True)
     shown = commands.add_parser("table")
     shown.add_argument("results", nargs="+")
@@ -312,11 +311,6 @@ def main() -> None:
     else:
         torch.manual_seed(0)
         {"run": run, "profile": profile}[a.command](a)
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "not known"
 
 
 if __name__ == "__main__":

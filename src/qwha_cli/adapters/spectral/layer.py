@@ -202,8 +202,11 @@ class SpectralLinear(AdaptedLinear):
 
     def renew_kept(self) -> None:
         """Compute the weights that keep="speed" has kept again, where they lie, if values have changed since."""
+        # asked of every layer before every step
+        if self.keep != "speed":
+            return
         names = self._in_use()
-        if self.keep != "speed" or not names:
+        if not names:
             return
         transform, sources = self.qwha_transform[names[0]], [self.qwha_values[name] for name in names]
         for key in self._weights:
