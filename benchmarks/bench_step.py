@@ -41,6 +41,7 @@ from shape_models import (
 )
 from torch import nn
 
+from qwha_cli.adapters.fused_blocks import choose_fused_blocks, fused_blocks
 from qwha_cli.adapters.keep import set_keep
 from qwha_cli.data.flatten import FlatShape, flat_batch
 from qwha_cli.data.tokenize import Encoded
@@ -121,9 +122,12 @@ class Step:
         liger: Whether to use Liger's kernels.
         device: Of the model.
         launch: Whether to record forward and backward.
+        apart: Whether to leave norms and activations in the Hadamard basis to Liger, as in the other rows.
     """
 
-    def __init__(self, model: nn.Module, *, length: int, liger: bool, device: str, launch: str = "graph") -> None:
+    def __init__(
+        self, model: nn.Module, *, length: int, liger: bool, device: str, launch: str = "graph", apart: bool = False
+    ) -> None:
         self.model = model
         self.causal = causal_model(model)
         self.length, self.device, self.launch = length, torch.device(device), launch
@@ -131,6 +135,7 @@ class Step:
         if choice.layers:
             apply_to_layers(self.causal)
         self.fused = choice.loss
+        self.blocks = choose_fused_blocks(self.causal, wanted=liger and not apart, device=self.device, dtype=DTYPE).fused
         self.trained = [p for p in model.parameters() if p.requires_grad]
 
     @contextlib.contextmanager
@@ -148,6 +153,8 @@ class Step:
         self.model.train()
         with contextlib.ExitStack() as stack:
             stack.enter_context(varlen_attention(self.causal))
+            if self.blocks:
+                stack.enter_context(fused_blocks(self.causal))
             head: FusedHead | None = stack.enter_context(fused_head(self.causal)) if self.fused else None
 
             def passes(batch: Mapping[str, torch.Tensor], equal: int | None) -> torch.Tensor:
@@ -209,7 +216,7 @@ def run(a: argparse.Namespace) -> None:
         try:
             torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
-            step = Step(ROWS[name](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch)
+            step = Step(ROWS[name](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch, apart=a.apart)
             built = round(time.monotonic() - started, 1)
             # what building left behind is not the model's
             gc.collect()
@@ -223,7 +230,7 @@ def run(a: argparse.Namespace) -> None:
                 with step.case(batch, checkpointing) as take:
                     ms, loss = measure(take, warmup=a.warmup, steps=a.steps)
                 line = {
-                    "row": name, "launch": step.launch,
+                    "row": name, "launch": step.launch, "fused_blocks": step.blocks,
                     "shape": a.shape, "case": case, "length": a.length, "rank": a.rank, "loss_kernels": a.loss,
                     "ms": round(ms, 2), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
                     "resident_gib": round(resident, 3), "loss": round(loss, 4), "built_s": built,
@@ -243,7 +250,7 @@ def run(a: argparse.Namespace) -> None:
 
 def profile(a: argparse.Namespace) -> None:
     """Where a step's time goes: a table by kernel on the terminal, and a trace."""
-    step = Step(ROWS[a.rows](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch)
+    step = Step(ROWS[a.rows](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch, apart=a.apart)
     batch, checkpointing = CASES[a.cases]
     folder = Path(a.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -300,6 +307,7 @@ def main() -> None:
         command.add_argument("--steps", type=int, default=5)
         command.add_argument("--loss", choices=("liger", "plain"), default="liger")
         command.add_argument("--launch", choices=("graph", "eager"), default="graph")
+        command.add_argument("--apart", action="store_true", help="norms and activations by Liger in the Hadamard basis too")
         command.add_argument("--device", default="cuda")
         command.add_argument("--commit", default=current_commit())
         command.add_argument("--out", required=True)

@@ -78,6 +78,9 @@ _MEASURED = {
     18944: Tiles(148, 1, 128, 32, warps=8),
 }
 
+# where norms and gates are done in the same pass: programs hold two tensors' numbers at once (bench_fused_wht.py tune)
+_MEASURED_FUSED: dict[int, Tiles] = {}
+
 
 @lru_cache(maxsize=1024)
 def unfit(size: int, dtype: torch.dtype) -> str | None:
@@ -112,6 +115,11 @@ def tiles_for(size: int) -> Tiles:
     chosen = plan(size)
     wide = _cut(chosen.base, chosen.log2, 64)
     return wide if wide.held <= _LARGEST_WIDE_PROGRAM else _cut(chosen.base, chosen.log2, 32)
+
+
+def fused_tiles_for(size: int) -> Tiles:
+    """The cut of a transform that does more in its pass than transform: see fused_wht.py."""
+    return _MEASURED_FUSED.get(size) or tiles_for(size)
 
 
 def _cut(base: int, log2: int, largest_outer: int) -> Tiles:
