@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from bench_wht import candidates
+from bench_wht import candidates as alone
 from machine import current_commit
 from timing import copy_bandwidth, graph_us, num_copies
 from torch import Tensor
@@ -33,10 +33,46 @@ from qwha_cli.kernels.wht_tiles import Tiles, fused_tiles_for
 DTYPE = torch.bfloat16
 ROWS = 8192
 # hidden and feed-forward sizes of Llama-3.2-3B, Llama-3.1-8B, Llama-3.2-1B, Qwen2.5-0.5B
-NORMS, GATES = [3072, 4096, 2048, 896], [8192, 14336, 4864]
-TUNED = {"norm": [3072, 4096], "gate": [8192, 14336]}
+NORMS, GATES = "3072,4096,2048,896", "8192,14336,4864"
+# Qwen's and Llama-3.1-8B's feed-forward sizes, whose rows are wide or whose base is no power of two
+_MORE = {
+    14336: [
+        *(Tiles(28, 2, 256, 32, "exchange", 1, warps) for warps in (4, 16)),
+        *(Tiles(56, 4, 64, 64, "dot", 1, warps, programs) for warps in (4, 8) for programs in (None, 264, 528)),
+        *(Tiles(112, 2, 64, 128, "dot", 1, warps, programs) for warps in (4, 8) for programs in (None, 264)),
+        *(Tiles(56, 2, 128, 64, "dot", 1, warps) for warps in (4, 16)),
+        Tiles(28, 8, 64, 32, "dot", 1, 4),
+    ],
+    4864: [
+        *(Tiles(76, 1, 64, 128, "dot", rows, warps) for rows in (1, 2) for warps in (4, 8)),
+        *(Tiles(76, 1, 64, 128, "dot", 1, warps, 528) for warps in (4, 8)),
+        *(Tiles(19, 4, 64, 32, "dot", rows, warps) for rows in (1, 2) for warps in (4, 8)),
+        *(Tiles(19, 1, 256, 32, "exchange", rows, 4) for rows in (1, 2)),
+        *(Tiles(38, 2, 64, 64, "dot", rows, 4) for rows in (1, 2)),
+    ],
+    9728: [
+        *(Tiles(76, 2, 64, 128, "dot", 1, warps) for warps in (4, 8)),
+        *(Tiles(19, 8, 64, 32, "dot", 1, warps) for warps in (4, 8)),
+        *(Tiles(38, 4, 64, 64, "dot", 1, warps) for warps in (4, 8)),
+        *(Tiles(19, 2, 256, 32, "exchange", 1, warps) for warps in (4, 8)),
+    ],
+    8960: [
+        *(Tiles(70, 2, 64, 128, "dot", 1, warps) for warps in (4, 8)),
+        *(Tiles(35, 4, 64, 64, "dot", 1, warps) for warps in (4, 8)),
+        *(Tiles(35, 1, 256, 64, "exchange", 1, warps) for warps in (4, 8)),
+    ],
+    11008: [
+        *(Tiles(172, 1, 64, 256, "dot", 1, warps) for warps in (8, 16)),
+        *(Tiles(86, 2, 64, 128, "dot", 1, warps) for warps in (4, 8)),
+    ],
+}
 # tensors of the rows' size that are read and written
 MOVED = {"norm": 2, "norm of a sum": 4, "norm, backward": 5, "gate": 3, "gate, backward": 5}
+
+
+def candidates(size: int) -> list[Tiles]:
+    """The cuts worth measuring."""
+    return _MORE.get(size) or alone(size)
 
 
 def _inputs(op: str, size: int) -> tuple[Tensor, ...]:
@@ -87,7 +123,7 @@ def apart(op: str, t: tuple[Tensor, ...], weight: Tensor, scales: Tensor) -> obj
 def measure(op: str, size: int, tiles: Tiles | None, *, bandwidth: float, with_apart: bool) -> dict[str, object]:
     """A line."""
     nbytes = MOVED[op] * ROWS * size * DTYPE.itemsize
-    line: dict[str, object] = {"op": op, "size": size, "rows": ROWS, "tiles": asdict(tiles or fused_tiles_for(size))}
+    line: dict[str, object] = {"op": op, "size": size, "rows": ROWS, "tiles": asdict(tiles or fused_tiles_for(op, size))}  # pyright: ignore
     copies = [_inputs(op, size) for _ in range(num_copies(nbytes))]
     weight, scales = torch.ones(size, device="cuda", dtype=DTYPE), torch.ones(ROWS, device="cuda")
 
@@ -108,33 +144,35 @@ def measure(op: str, size: int, tiles: Tiles | None, *, bandwidth: float, with_a
     return line
 
 
-def run(out: Path, commit: str) -> None:
+def run(a: argparse.Namespace) -> None:
     """Time the cuts in use."""
     bandwidth = copy_bandwidth("cuda")
-    for op in MOVED:
-        for size in GATES if op.startswith("gate") else NORMS:
-            _write(out, measure(op, size, None, bandwidth=bandwidth, with_apart=True) | {"commit": commit})
+    for op, size in _cases(a):
+        _write(a.out, measure(op, size, None, bandwidth=bandwidth, with_apart=True) | {"commit": a.commit})
 
 
-def tune(out: Path, workers: int, commit: str) -> None:
+def tune(a: argparse.Namespace) -> None:
     """Time every candidate, the best of each last."""
-    processes = [
-        subprocess.Popen([sys.executable, __file__, "compile", "--out", os.devnull, "--part", f"{i}/{workers}"])
-        for i in range(workers)
-    ]
+    part = [sys.executable, __file__, "compile", "--out", os.devnull, "--norms", a.norms, "--gates", a.gates, "--part"]
+    processes = [subprocess.Popen([*part, f"{i}/{a.workers}"]) for i in range(a.workers)]
     for process in processes:
         process.wait()
     bandwidth = copy_bandwidth("cuda")
-    for op in MOVED:
-        for size in TUNED[op[:4]]:
-            lines = [measure(op, size, tiles, bandwidth=bandwidth, with_apart=False) for tiles in candidates(size)]
-            for line in sorted(lines, key=lambda line: float(line.get("share", 0.0))):  # pyright: ignore
-                _write(out, line | {"commit": commit})
+    for op, size in _cases(a):
+        lines = [measure(op, size, tiles, bandwidth=bandwidth, with_apart=False) for tiles in candidates(size)]
+        for line in sorted(lines, key=lambda line: float(line.get("share", 0.0))):  # pyright: ignore
+            _write(a.out, line | {"commit": a.commit})
 
 
-def compile_candidates(index: int, count: int) -> None:
+def _cases(a: argparse.Namespace) -> list[tuple[str, int]]:
+    sizes = {"norm": a.norms, "gate": a.gates}
+    return [(op, int(size)) for op in MOVED for size in sizes[op[:4]].split(",") if size]
+
+
+def compile_candidates(a: argparse.Namespace) -> None:
     """Launch every so-many-th candidate once, which leaves it in Triton's cache."""
-    every = [(op, size, tiles) for op in MOVED for size in TUNED[op[:4]] for tiles in candidates(size)]
+    index, count = (int(number) for number in a.part.split("/"))
+    every = [(op, size, tiles) for op, size in _cases(a) for tiles in candidates(size)]
     for op, size, tiles in every[index::count]:
         t = tuple(x[:16].contiguous() for x in _inputs(op, size))
         try:
@@ -157,16 +195,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["tune", "run", "compile"])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--norms", default=NORMS, help="sizes of rows that are normed")
+    parser.add_argument("--gates", default=GATES, help="sizes of rows that are gated")
     parser.add_argument("--part", help="of compile: I/N, every N-th case from the I-th on, in this process")
     parser.add_argument("--workers", type=int, default=max(1, min(14, os.cpu_count() or 1)), help="processes that compile")
     parser.add_argument("--commit", default=current_commit())
     a = parser.parse_args()
     if a.command == "compile":
-        compile_candidates(*(int(number) for number in a.part.split("/")))
+        compile_candidates(a)
     elif a.command == "tune":
-        tune(a.out, a.workers, a.commit)
+        tune(a)
     else:
-        run(a.out, a.commit)
+        run(a)
 
 
 if __name__ == "__main__":

@@ -45,13 +45,17 @@ def adapted(build: Callable[[], PreTrainedModel], basis: str = "hadamard", **sha
     return peft_model
 
 
-def run(model: PeftModel, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
+def run(
+    model: PeftModel, device: str = "cpu", dtype: torch.dtype | None = None, logits: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     ids = torch.arange(48, device=device).view(2, 24) * 5 % 250
     model.zero_grad()
     with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
-        loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        found = model(input_ids=ids, labels=ids)
+    found.loss.backward()
+    return (found.logits.float() if logits else found.loss).detach(), [
+        p.grad.clone() for p in model.parameters() if p.requires_grad
+    ]
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -94,6 +98,17 @@ def test_without_adapters_a_block_is_its_own() -> None:
         expected = merged(ids).logits
         with fused_blocks(merged):
             assert torch.equal(merged(ids).logits, expected)
+
+
+def test_an_activation_that_does_not_pay_is_made_by_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(tiny_llama)
+    expected, _ = run(model)
+    ran: list[object] = []
+    model.get_base_model().model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: ran.append(1))
+    monkeypatch.setattr("qwha_cli.adapters.fused_blocks.gate_pays", lambda size: False)
+    with fused_blocks(model.get_base_model()):
+        torch.testing.assert_close(run(model)[0], expected, rtol=1e-5, atol=1e-5)
+    assert ran
 
 
 def test_a_second_switch_gives_the_first_back() -> None:
@@ -143,10 +158,15 @@ def test_on_a_gpu_errors_are_no_larger(build: Callable[[], PreTrainedModel], che
     model = adapted(build, **shape).to("cuda").train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    exact, exact_gradients = run(model, "cuda")
-    loss, gradients = run(model, "cuda", torch.bfloat16)
+    exact, exact_gradients = run(model, "cuda", logits=True)
+    apart, gradients = run(model, "cuda", torch.bfloat16, logits=True)
     with fused_blocks(model.get_base_model()):
-        fused, found = run(model, "cuda", torch.bfloat16)
-    assert (fused - exact).abs() <= 2 * (loss - exact).abs() + 1e-3
-    for true, one, two in zip(exact_gradients, gradients, found, strict=True):
-        assert (two - true).norm() <= 1.3 * (one - true).norm()
+        fused, found = run(model, "cuda", torch.bfloat16, logits=True)
+    assert (fused - exact).norm() <= 1.3 * (apart - exact).norm()
+
+    def error(gradients: list[Tensor]) -> Tensor:
+        # each layer's by its own size, all together: one layer's error is a matter of luck
+        pairs = zip(gradients, exact_gradients, strict=True)
+        return torch.stack([(one - true).norm() / true.norm() for one, true in pairs]).mean()
+
+    assert error(found) <= 1.3 * error(gradients)

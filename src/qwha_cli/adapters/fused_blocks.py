@@ -7,7 +7,8 @@ reads; so does what gate and up make for down. kernels/fused_wht.py makes the tr
 
 the first sum, and the additions of gradients at both sums, are done in the same passes. The projections get a stand-in for their
 input, whose transform is known. A block is switched for the time of a training; where a projection reads its input itself, as
-without adapters, merged or in another basis, it computes as its architecture says.
+without adapters, merged or in another basis, it computes as its architecture says, and an
+activation whose size makes one pass slower than two is left to whoever does it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.kernels.fused_wht import choose_fused, gate_wht, norm_wht
 from qwha_cli.kernels.shared_wht import stand_in
 from qwha_cli.kernels.spectral_linear import computing_dtype
+from qwha_cli.kernels.wht_tiles import gate_pays
 
 # architectures whose block is of the form above, with a norm that multiplies by its weight and adds nothing to it
 _KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -66,12 +68,8 @@ def _obstacle(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> 
         return f"the blocks of {type(model).__name__} are not known"
     if not any(_Block(block).fits() for block in blocks):
         return "no block has adapters on all its projections, in the Hadamard basis"
-    config = cast(Any, model).config
-    for size in (config.hidden_size, config.intermediate_size):
-        choice = choose_fused("auto", size=size, dtype=dtype, device=device)
-        if choice.name != "triton":
-            return choice.reason
-    return None
+    choice = choose_fused("auto", size=cast(Any, model).config.hidden_size, dtype=dtype, device=device)
+    return None if choice.name == "triton" else choice.reason
 
 
 @contextlib.contextmanager
@@ -118,6 +116,8 @@ class _Block:
         read, x = self._normed(0, hidden_states, None)
         attended, _ = self.attention(hidden_states=read, **others)
         read, h = self._normed(1, x, attended)
+        if not gate_pays(self.mlp.down_proj.in_features):
+            return h + self.mlp(read)
         gate, up = self.mlp.gate_proj(read), self.mlp.up_proj(read)
         # the norm's result is not needed while the widest tensors of the block are made
         del read

@@ -171,8 +171,9 @@ class _GateWht(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
         from qwha_cli.kernels import fused_wht_triton
 
-        gate, up = (tensor.detach() for tensor in ctx.saved_tensors)
-        gate, up = fused_wht_triton.gate_backward(grad_outputs[0], gate, up)
+        # once: checkpointing hands out what it computed again a single time
+        saved: tuple[Tensor, Tensor] = ctx.saved_tensors
+        gate, up = fused_wht_triton.gate_backward(grad_outputs[0], *(tensor.detach() for tensor in saved))
         # a second pass would read gradients as activations: autograd refuses it now
-        torch.autograd.graph.increment_version(list(ctx.saved_tensors))
+        torch.autograd.graph.increment_version(saved)
         return gate if ctx.needs_input_grad[0] else None, up if ctx.needs_input_grad[1] else None, None

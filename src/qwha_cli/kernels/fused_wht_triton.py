@@ -22,7 +22,7 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z, h as in `fused_wht.norm_wht`, and 1 / rms(h) of every row, float32."""
     x = x.contiguous()
-    tiles = tiles or fused_tiles_for(x.shape[-1])
+    tiles = tiles or fused_tiles_for("norm" if add is None else "norm of a sum", x.shape[-1])
     rows = x.numel() // tiles.block
     z = torch.empty(x.shape, dtype=dtype, device=x.device)
     h = x if add is None else torch.empty_like(x)
@@ -42,7 +42,7 @@ def norm_backward(
 ) -> Tensor:
     """The gradient of h, of its dtype, with `dh` added, from that of z."""
     h, dz = h.contiguous(), dz.contiguous()
-    tiles = tiles or fused_tiles_for(h.shape[-1])
+    tiles = tiles or fused_tiles_for("norm, backward", h.shape[-1])
     rows = h.numel() // tiles.block
     total = torch.empty_like(h)
     if rows:
@@ -58,7 +58,7 @@ def norm_backward(
 def gate_forward(gate: Tensor, up: Tensor, *, dtype: torch.dtype, tiles: Tiles | None = None) -> Tensor:
     """As `fused_wht.gate_wht`."""
     gate, up = gate.contiguous(), up.contiguous()
-    tiles = tiles or fused_tiles_for(gate.shape[-1])
+    tiles = tiles or fused_tiles_for("gate", gate.shape[-1])
     rows = gate.numel() // tiles.block
     z = torch.empty(gate.shape, dtype=dtype, device=gate.device)
     if rows:
@@ -73,7 +73,7 @@ def gate_forward(gate: Tensor, up: Tensor, *, dtype: torch.dtype, tiles: Tiles |
 def gate_backward(dz: Tensor, gate: Tensor, up: Tensor, *, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """The gradients of both inputs, where contiguous ones lay."""
     gate, up, dz = gate.contiguous(), up.contiguous(), dz.contiguous()
-    tiles = tiles or fused_tiles_for(gate.shape[-1])
+    tiles = tiles or fused_tiles_for("gate, backward", gate.shape[-1])
     rows = gate.numel() // tiles.block
     if rows:
         left, right = matrices(tiles, operand_dtype(dz.dtype), gate.device, True)
