@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.codes import Codes
@@ -89,3 +90,17 @@ def test_without_a_gradient_to_give_the_backward_pass_builds_no_weight(monkeypat
     frozen_linear(numbers(4, 48), base=codes(), basis="hadamard", bias=bias).sum().backward()
     assert torch.equal(bias.grad, torch.full((80,), 4.0, dtype=torch.float64))
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("keep", ["memory", "speed"])
+def test_checkpointing_changes_no_gradient(keep: str) -> None:
+    base, found = codes(48, 48), []
+
+    def block(x: Tensor) -> Tensor:
+        return frozen_linear(x, base=base, basis="hadamard", bias=None, keep=keep).square()
+
+    for call in (block, lambda x: checkpoint(block, x, use_reentrant=False)):
+        x = numbers(4, 48, dtype=torch.float32).requires_grad_()
+        call(x).sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)

@@ -121,11 +121,13 @@ class _FrozenLinear(torch.autograd.Function):
         *grad_outputs: Tensor,
     ) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
+        # read once: checkpointing gives what it has computed again a single time
+        saved = ctx.saved_tensors
         dz = dbias = None
         # a caller may run the backward pass inside autocast too
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dz = dy @ (ctx.saved_tensors[0] if ctx.saved_tensors else dense_base(ctx.base, ctx.dtype, backend=ctx.backend))
+                dz = dy @ (saved[0] if saved else dense_base(ctx.base, ctx.dtype, backend=ctx.backend))
             if ctx.needs_input_grad[1]:
                 dbias = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
         return dz, dbias, None, None, None
