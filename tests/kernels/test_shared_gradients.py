@@ -131,16 +131,18 @@ def test_others_may_read_the_same_transform_in_between(kind: str, place: int) ->
 
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("until_backward", [False, True])
 # the last layer of what is computed again reads the shared input, or another
 @pytest.mark.parametrize("last", [False, True])
-def test_checkpointing_changes_no_gradient(basis: str, reentrant: bool, last: bool) -> None:
+def test_checkpointing_changes_no_gradient(basis: str, reentrant: bool, until_backward: bool, last: bool) -> None:
     layers, after = readers(basis), Reader(IN, basis=basis, seed=40)
+    how = {"until_backward": until_backward}
 
     def block(leaf: Tensor) -> Tensor:
         x = hidden(leaf)
-        q, k, v = (layer(x) for layer in layers)
+        q, k, v = (layer(x, **how) for layer in layers)
         inner = x * q.sum(-1, keepdim=True) + k.sum(-1, keepdim=True) * v.sum(-1, keepdim=True)
-        return inner if last else leaf + after(inner)
+        return inner if last else leaf + after(inner, **how)
 
     def apart(leaf: Tensor) -> Tensor:
         return block(leaf).square().sum()
@@ -162,7 +164,7 @@ def test_an_input_of_a_checkpointed_block_may_be_read_by_its_layers_directly() -
     layers = readers()
 
     def block(x: Tensor) -> Tensor:
-        return sum(layer(x).square().sum(-1) for layer in layers)
+        return sum(layer(x, until_backward=True).square().sum(-1) for layer in layers)
 
     def ours(leaf: Tensor) -> Tensor:
         x = hidden(leaf)

@@ -4,7 +4,8 @@
 
 `LowRank` passes between initializers, adapters and stages as SparseRows does for the sparse adapter. `frozen_linear` is the first
 part: autograd would keep the dense weight of every layer for the backward pass, as much memory as the unquantized model has, so
-with keep="memory" it is built again from the base. The second part is two ordinary products, which autograd differentiates.
+with keep="memory" it is built again from the base. With keep="block" the backward pass finds that of the last forward pass, which
+checkpointing makes the recomputation's. The second part is two ordinary products, which autograd differentiates.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         weight = dense_base(base, z.dtype, backend=backend)
         ctx.base, ctx.dtype, ctx.backend = base, z.dtype, backend
-        ctx.save_for_backward(*((weight,) if keep == "speed" else ()))
+        ctx.save_for_backward(*((weight,) if keep != "memory" and ctx.needs_input_grad[0] else ()))
         return torch.nn.functional.linear(z, weight, bias)
 
     @staticmethod

@@ -28,7 +28,7 @@ from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.shared_wht import hand_on, shared_wht
 from qwha_cli.kernels.wht import wht
 
-Keep = Literal["memory", "speed"]
+Keep = Literal["memory", "block", "speed"]
 
 # on a gradient that nobody but the function that it is on its way to can see
 _OURS = "_qwha_ours"
@@ -46,6 +46,7 @@ def spectral_linear(
     transform: Transform = "wht",
     backend: Requested = "auto",
     weight: Tensor | None = None,
+    until_backward: bool = False,
 ) -> Tensor:
     """Apply the adapted layer.
 
@@ -60,7 +61,10 @@ def spectral_linear(
         transform: `identity` puts F into the weight domain itself; only for basis "weight".
         backend: Which implementation builds the weight.
         weight: The effective weight (out, in) in the base's basis and the dtype of the computation, where the caller has it and
-            keeps it; None to build it in each pass and keep nothing dense.
+            keeps it; None to build it here.
+        until_backward: Whether a weight that is built here, where inputs want a gradient, is saved for the backward pass instead
+            of being built again there. Meant for checkpointing, which drops it at once in the first forward pass, so that only
+            the weights of the block whose turn it is are there.
 
     Returns:
         (..., out), computed in the autocast dtype where autocast is on for x's device, else in x's dtype.
@@ -78,6 +82,9 @@ def spectral_linear(
     with torch.autocast(x.device.type, enabled=False):
         z = basis_input(x, dtype, basis=basis, backend=backend)
         how = _How(base, places, scale, basis == "hadamard" or transform == "identity", backend, shared=basis == "hadamard")
+        if weight is None and until_backward and z.requires_grad:
+            with torch.no_grad():
+                weight = how.weight(values, dtype)
         promise, passed = cast("tuple[Tensor, Tensor | None]", _Gradients.apply(z, values, bias, weight, how))
         if passed is not None:
             hand_on(x, z, passed)
@@ -122,7 +129,8 @@ class _Gradients(torch.autograd.Function):
 
     Checkpointing computes a block again until it has met the last tensor that was saved. This function saves all that the layer
     needs before the product runs, and nothing is saved after it, so that the block's last product, the widest of all, is not
-    computed a second time for nothing.
+    computed a second time for nothing. A weight that is saved is built before, and so is there when the block's last layer ends
+    the recomputation.
     """
 
     @staticmethod
