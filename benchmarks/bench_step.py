@@ -152,6 +152,8 @@ class Step:
         if checkpointing:
             how = {"use_reentrant": False, "preserve_rng_state": False}
             self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+            # as training does: the frozen embeddings' output needs no gradient
+            self.causal.disable_input_require_grads()
         else:
             self.causal.gradient_checkpointing_disable()
         if self.block:
