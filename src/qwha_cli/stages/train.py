@@ -53,9 +53,10 @@ def run(context: StageContext) -> dict[str, object]:
     dtype = choose_precision(settings.precision, device=device).autocast or context.dtype
     # a split base is recomputed whatever the recipe says
     blocks = [block for _, block in decoder_blocks(model)] if settings.checkpointing or shard is not None else []
-    kept_weights = choose_keep(_keep(context, shard=shard), model, dtype=dtype, device=device, recomputed=blocks)
+    asked = _keep(context, shard=shard)
+    kept_weights = choose_keep(asked, model, dtype=dtype, device=device, recomputed=blocks)
     set_keep(model, kept_weights.keep)
-    if device.type == "cuda":
+    if device.type == "cuda" or asked not in ("auto", kept_weights.keep):
         context.note(kept_weights.reason)
     for sentence in set_backend(model, settings.backend, dtype=dtype, device=device):
         context.note(sentence)
