@@ -10,7 +10,9 @@ attention, Liger's kernels, and --launch graph records forward and backward as a
 launched one by one, and says so in its line), --launch eager launches kernels one by one as peft and transformers do. Median
 of --steps after --warmup. Peak memory is the device's, with the model, without an optimizer. Rows: `official` is the published
 layer's arithmetic on a 2-bit base, QLoRA is bitsandbytes' NF4 under peft, `full` trains all linear layers in bfloat16 without an
-adapter: the same matrix products as ours. --loss plain takes transformers' own kernels for every row.
+adapter: the same matrix products as ours. Our rows keep dense weights as `train.keep: auto` does on a GPU without room for all of
+them, a block's with checkpointing and none without, but for those that say what they keep. --loss plain takes transformers' own
+kernels for every row.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from shape_models import (
 )
 from torch import nn
 
+from qwha_cli.adapters.adapted_linear import adapted_layers
 from qwha_cli.adapters.fused_blocks import choose_fused_blocks, fused_blocks
 from qwha_cli.adapters.keep import set_keep
 from qwha_cli.data.flatten import FlatShape, flat_batch
@@ -54,7 +57,7 @@ ONE_BY_ONE = ", kernels one by one"
 CASES = {"16 on": (16, True), "16 off": (16, False), "1 on": (1, True), "1 off": (1, False), "4 on": (4, True)}
 
 
-def _ours(basis: str, keep: str = "memory") -> Callable[[argparse.Namespace], nn.Module]:
+def _ours(basis: str, keep: str = "block") -> Callable[[argparse.Namespace], nn.Module]:
     def build(a: argparse.Namespace) -> nn.Module:
         base = quantized_model(a.shape, bits=2, group=64, basis=basis, device=a.device)  # pyright: ignore
         model = with_sparse_adapter(base, rank=a.rank, device=a.device)
@@ -62,6 +65,12 @@ def _ours(basis: str, keep: str = "memory") -> Callable[[argparse.Namespace], nn
         return model
 
     return build
+
+
+def _low_rank(a: argparse.Namespace) -> nn.Module:
+    model = with_lora(quantized_model(a.shape, bits=2, group=64, basis="weight", device=a.device), rank=a.rank)
+    set_keep(model, "block")
+    return model
 
 
 def _official(a: argparse.Namespace) -> nn.Module:
@@ -102,13 +111,12 @@ def _full(a: argparse.Namespace) -> nn.Module:
 ROWS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     "official": _official,
     "QLoRA": _qlora,
-    "LoRA on 2 bits": lambda a: with_lora(
-        quantized_model(a.shape, bits=2, group=64, basis="weight", device=a.device), rank=a.rank
-    ),
+    "LoRA on 2 bits": _low_rank,
     "LoRA on bf16": lambda a: with_lora(dense_model(a.shape, device=a.device), rank=a.rank),
     "full bf16": _full,
     "ours, hadamard": _ours("hadamard"),
     "ours, weight": _ours("weight"),
+    "ours, hadamard, keep memory": _ours("hadamard", "memory"),
     "ours, hadamard, keep speed": _ours("hadamard", "speed"),
 }
 
@@ -137,6 +145,7 @@ class Step:
         self.fused = choice.loss
         self.blocks = choose_fused_blocks(self.causal, wanted=liger and not apart, device=self.device, dtype=DTYPE).fused
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.block = any(layer.keep == "block" for layer in adapted_layers(model).values())
 
     @contextlib.contextmanager
     def case(self, batch: int, checkpointing: bool) -> Iterator[Callable[[], torch.Tensor]]:
@@ -148,8 +157,13 @@ class Step:
         if checkpointing:
             how = {"use_reentrant": False, "preserve_rng_state": False}
             self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+            # as training does: the frozen embeddings' output needs no gradient
+            self.causal.disable_input_require_grads()
         else:
             self.causal.gradient_checkpointing_disable()
+        if self.block:
+            # as choose_keep has it: nothing is recomputed, and the weights of all layers would stay
+            set_keep(self.model, "block" if checkpointing else "memory")
         self.model.train()
         with contextlib.ExitStack() as stack:
             stack.enter_context(varlen_attention(self.causal))

@@ -2,7 +2,8 @@
 
 q, k and v, and gate and up, get the same tensor object as input. The result is kept on that object, so that it ends with it and
 no cache has to be cleared. It is handed out again only while the tensor holds the same numbers (its version), for the same dtype,
-and where its graph is the one that the caller needs; then the gradients of all users meet in one backward transform.
+and where its graph is the one that the caller needs; then the gradients of all users meet in one backward transform. A user may
+hand it on under another name, with itself in the graph, so that it sees the gradients of those after it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,19 @@ def shared_wht(x: Tensor, *, dtype: torch.dtype | None = None, backend: Requeste
     result = wht(x.to(dtype), backend=backend)
     setattr(x, _ATTRIBUTE, (version, dtype, result))
     return result
+
+
+def hand_on(x: Tensor, result: Tensor, passed: Tensor) -> None:
+    """Let those who ask for the transform of `x` after this call have `passed`, the same numbers as `result`, instead of it.
+
+    Args:
+        x: (..., n), of which `shared_wht` gave `result`. If that is not what x keeps, nothing happens.
+        result: What it gave.
+        passed: Those numbers, with a graph that leads through who was given `result`.
+    """
+    found = cast("tuple[int, torch.dtype, Tensor] | None", getattr(x, _ATTRIBUTE, None))
+    if found is not None and found[2] is result:
+        setattr(x, _ATTRIBUTE, (*found[:2], passed))
 
 
 def _serves(result: Tensor, recorded: bool) -> bool:

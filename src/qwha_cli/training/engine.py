@@ -122,6 +122,8 @@ class Engine:
             # the re-entrant form would need a gradient on the frozen embeddings' output
             how = {"use_reentrant": False, "preserve_rng_state": draws_at_random(base)}
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # pyright: ignore
+            # transformers makes that gradient wanted nevertheless, and the first block computes it for nobody
+            base.disable_input_require_grads()  # pyright: ignore
         self.model.train()
         if self.launch.graph:
             self._gradients = FlatGradients(self.parameters.values())

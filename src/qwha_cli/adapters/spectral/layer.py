@@ -191,6 +191,7 @@ class SpectralLinear(AdaptedLinear):
             transform=transform,
             backend=self.backend,
             weight=self._kept(names, transform, dtype) if self.keep == "speed" else None,
+            until_backward=self.keep == "block",
         )
 
     def reads_transform(self) -> bool:
