@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from qwha_cli.adapters.fused_blocks import choose_fused_blocks, fused_blocks
+from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.peft_bridge import register
 from qwha_cli.adapters.spectral.config import SpectralConfig
 from qwha_cli.errors import KernelError
@@ -63,6 +64,7 @@ def run(
 def test_loss_and_gradients_are_those_of_the_architecture(build: Callable[[], PreTrainedModel], checkpointing: bool) -> None:
     model = adapted(build).double().train()
     if checkpointing:
+        set_keep(model, "block")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loss, gradients = run(model)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
@@ -157,6 +159,7 @@ def test_on_a_gpu_errors_are_no_larger(build: Callable[[], PreTrainedModel], che
     shape = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 48} if build in (tiny_llama, tiny_qwen2) else {}
     model = adapted(build, **shape).to("cuda").train()
     if checkpointing:
+        set_keep(model, "block")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     exact, exact_gradients = run(model, "cuda", logits=True)
     apart, gradients = run(model, "cuda", torch.bfloat16, logits=True)
