@@ -37,7 +37,7 @@ NORMS, GATES = "3072,4096,2048,896", "8192,14336,4864"
 # Qwen's and Llama-3.1-8B's feed-forward sizes, whose rows are wide or whose base is no power of two
 _MORE = {
     14336: [
-        *(Tiles(28, 2, 256, 32, "exchange", 1, warps) for warps in (4, 16)),
+        *(Tiles(28, 2, 256, 32, "exchange", 1, warps) for warps in (4, 8, 16)),
         *(Tiles(56, 4, 64, 64, "dot", 1, warps, programs) for warps in (4, 8) for programs in (None, 264, 528)),
         *(Tiles(112, 2, 64, 128, "dot", 1, warps, programs) for warps in (4, 8) for programs in (None, 264)),
         *(Tiles(56, 2, 128, 64, "dot", 1, warps) for warps in (4, 16)),
@@ -46,25 +46,15 @@ _MORE = {
     4864: [
         *(Tiles(76, 1, 64, 128, "dot", rows, warps) for rows in (1, 2) for warps in (4, 8)),
         *(Tiles(76, 1, 64, 128, "dot", 1, warps, 528) for warps in (4, 8)),
-        *(Tiles(19, 4, 64, 32, "dot", rows, warps) for rows in (1, 2) for warps in (4, 8)),
-        *(Tiles(19, 1, 256, 32, "exchange", rows, 4) for rows in (1, 2)),
-        *(Tiles(38, 2, 64, 64, "dot", rows, 4) for rows in (1, 2)),
+        *(Tiles(76, 1, 64, chunk, "dot", 1, 4) for chunk in (16, 32)),
     ],
     9728: [
         *(Tiles(76, 2, 64, 128, "dot", 1, warps) for warps in (4, 8)),
-        *(Tiles(19, 8, 64, 32, "dot", 1, warps) for warps in (4, 8)),
-        *(Tiles(38, 4, 64, 64, "dot", 1, warps) for warps in (4, 8)),
-        *(Tiles(19, 2, 256, 32, "exchange", 1, warps) for warps in (4, 8)),
+        *(Tiles(76, 1, 128, chunk, "dot", 1, warps) for chunk in (32, 128) for warps in (4, 8)),
+        *(Tiles(76, 2, 64, 16, "dot", 1, warps) for warps in (4, 8)),
     ],
-    8960: [
-        *(Tiles(70, 2, 64, 128, "dot", 1, warps) for warps in (4, 8)),
-        *(Tiles(35, 4, 64, 64, "dot", 1, warps) for warps in (4, 8)),
-        *(Tiles(35, 1, 256, 64, "exchange", 1, warps) for warps in (4, 8)),
-    ],
-    11008: [
-        *(Tiles(172, 1, 64, 256, "dot", 1, warps) for warps in (8, 16)),
-        *(Tiles(86, 2, 64, 128, "dot", 1, warps) for warps in (4, 8)),
-    ],
+    8960: [*(Tiles(140, 1, 64, chunk, "dot", 1, warps) for chunk in (32, 256) for warps in (4, 8))],
+    11008: [*(Tiles(172, 1, 64, chunk, "dot", 1, warps) for chunk in (32, 256) for warps in (8, 16))],
 }
 # tensors of the rows' size that are read and written
 MOVED = {"norm": 2, "norm of a sum": 4, "norm, backward": 5, "gate": 3, "gate, backward": 5}

@@ -133,7 +133,7 @@ def test_triton_gives_values_and_gradients_to_half_precision(size: int, kind: st
 
 @pytest.mark.gpu
 @CUDA
-@pytest.mark.parametrize("size", [896, 2048, 3072, 4096, 4864, 8192, 14336])
+@pytest.mark.parametrize("size", [896, 2048, 3072, 4096, 4864, 8192, 9728, 14336])
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 def test_on_a_gpu_errors_are_those_of_the_same_steps_one_by_one(size: int, kind: torch.dtype) -> None:
     inputs = [numbers(300, size, seed).to("cuda", kind) for seed in range(4)]

@@ -87,9 +87,13 @@ _MEASURED_FUSED: dict[tuple[FusedOp, int], Tiles] = {
     ("norm of a sum", 4096): Tiles(16, 1, 256, 16, way="exchange"),
     ("norm, backward", 3072): Tiles(12, 1, 256, 16, way="exchange", rows=2),
     ("norm, backward", 4096): Tiles(16, 4, 64, 16, rows=2),
+    ("gate", 4864): Tiles(76, 1, 64, 128, warps=8, programs=528),
     ("gate", 8192): Tiles(64, 2, 64, 64, programs=528),
-    ("gate", 14336): Tiles(112, 2, 64, 128),
+    ("gate", 9728): Tiles(76, 2, 64, 128),
+    ("gate", 14336): Tiles(28, 2, 256, 32, way="exchange", warps=16),
+    ("gate, backward", 4864): Tiles(76, 1, 64, 128, rows=2, warps=8),
     ("gate, backward", 8192): Tiles(32, 4, 64, 32, rows=2),
+    ("gate, backward", 9728): Tiles(76, 2, 64, 128),
     ("gate, backward", 14336): Tiles(56, 4, 64, 64),
 }
 
