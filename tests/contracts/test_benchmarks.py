@@ -200,6 +200,25 @@ def test_make_writes_what_the_page_reads() -> None:
         assert (MAKEFILE.parent / "benchmarks" / f"{script}.py").is_file()
 
 
+def test_every_kernel_of_a_profile_has_its_part() -> None:
+    kernels = {
+        "nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_TNT": "matrix products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention",
+        "void cudnn::fusion::fmha_reduce_head<true>(void const*)": "attention",
+        "_rms_norm_backward_kernel": "Liger's kernels",
+        "_norm_backward": "norms and gates with transforms (ours)",
+        "_gate_forward": "norms and gates with transforms (ours)",
+        "_transform": "transforms (ours)",
+        "_write": "weights from codes (ours)",
+        "_gather": "gather at F's places (ours)",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>>": "additions",
+        "Memset (Unknown)": "other",
+    }
+    for name, part in kernels.items():
+        found = plot_speed.grouped([{"name": name, "cuda_ms": 1.0}, {"name": "aten::mm", "cuda_ms": 5.0}])
+        assert {name: ms for name, ms in found.items() if ms} == {part: 1.0}
+
+
 def test_sweeps_are_drawn_also_where_some_are_missing(results: Path) -> None:
     plot_speed.sweeps(str(results / "sweeps.jsonl"), str(results / "all.png"))
     save(results / "one.jsonl", step("QLoRA", "16 on", 552.0))
