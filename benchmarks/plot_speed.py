@@ -4,8 +4,9 @@
     python benchmarks/plot_speed.py parts profile-ours-hadamard-16-on.json
     python benchmarks/plot_speed.py sweeps results/sweeps.jsonl results/sweeps.png
 
-`parts` prints what a profile of bench_step.py is made of, as the first picture's file has it. `sweeps` takes any number of files with lines of bench_memory.py or bench_step.py before the picture's name; a line belongs where
-its shape, sequences and tokens say. A point that ran out of memory is where a curve ends.
+`parts` prints what a profile of bench_step.py is made of, as the first picture's file has it. `sweeps` takes any number of
+files with lines of bench_memory.py or bench_step.py before the picture's name; a line belongs where its shape, sequences and
+tokens say. A point that ran out of memory is where a curve ends.
 """
 
 from __future__ import annotations
