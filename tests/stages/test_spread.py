@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -97,3 +100,24 @@ def test_each_rank_has_a_gpu_of_its_own_and_the_first_may_use_all(monkeypatch: p
         devices_of_stage(CPU, gpus=2, ranks=alone)
     with pytest.raises(UsageError, match="cuda:1 is one GPU, but there are 4 processes"):
         device_of_rank("cuda:1", third)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_threads_that_are_the_first_to_factorise_do_not_stumble() -> None:
+    code = """
+import torch
+from qwha_cli.quant.gram import Gram
+from qwha_cli.stages.spread import spread
+device = torch.device("cuda:0")
+gram = Gram(torch.eye(64, device=device))
+shapes = {name: (64, 64) for name in "abcd"}
+factor = lambda name, gram: torch.linalg.cholesky(gram.matrix)
+found = spread(shapes, factor, grams=dict.fromkeys(shapes, gram), devices=[device] * 4)
+assert all(torch.equal(factor, gram.matrix) for factor in found.values())
+"""
+    # torch loads its library of factorisations once a process
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert done.returncode == 0, done.stderr

@@ -113,5 +113,23 @@ def check_launcher(environment: Mapping[str, str] | None = None) -> None:
             )
 
 
+def check_split(keep: str, ranks: Ranks) -> None:
+    """Refuse, before any stage runs, to keep all dense weights of a base that is to be split over the processes.
+
+    Args:
+        keep: The recipe's `train.keep`.
+        ranks: The processes.
+
+    Raises:
+        UsageError: It is asked for.
+    """
+    if ranks.shard and ranks.size > 1 and keep == "speed":
+        raise UsageError(
+            "a base that is split over the GPUs has no dense weights to keep",
+            where="train.keep",
+            remedy="add train.keep=auto to the command, or do not split: configs/accelerate/ddp.yaml",
+        )
+
+
 def _on(environment: Mapping[str, str], variable: str) -> bool:
     return environment.get(variable, "").lower() in ("1", "true", "yes", "on")

@@ -32,7 +32,7 @@ from qwha_cli.stages.device import device_of_rank, devices_of_stage
 from qwha_cli.stages.events import Events
 from qwha_cli.stages.interruption import Interruption, interruptible
 from qwha_cli.stages.plan import PlannedStage, ancestors, plan
-from qwha_cli.stages.ranks import Ranks, check_launcher, own_ranks
+from qwha_cli.stages.ranks import Ranks, check_launcher, check_split, own_ranks
 from qwha_cli.stages.spread import release
 from qwha_cli.stages.table import build_table
 
@@ -129,6 +129,8 @@ def run_stages(
     wanted = list(planned) if until is None else ancestors(planned, until)
     check_launcher()
     ranks = own_ranks()
+    if "train" in wanted:
+        check_split(recipe.train.keep, ranks)
     device = device_of_rank(recipe.model.device, ranks)
     devices = devices_of_stage(device, gpus=options.gpus, ranks=ranks)
     result = RunResult(run=root)

@@ -43,6 +43,7 @@ def spread(
     """
     if len(devices) < 2:
         return {name: work(name, grams[name]) for name in shapes}
+    _load_linear_algebra(devices[0])
     results: dict[str, T] = {}
     failures: dict[str, BaseException] = {}
     stopped = threading.Event()
@@ -94,6 +95,13 @@ def release(devices: Sequence[torch.device]) -> None:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.empty_cache()
+
+
+def _load_linear_algebra(device: torch.device) -> None:
+    """Let torch load its library of factorisations here, once: if two threads are the first to ask for it, one of them fails."""
+    # "lazy wrapper should be called at most once", pytorch issue 90613
+    if device.type == "cuda":
+        torch.linalg.inv(torch.ones(1, 1, device=device))
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
