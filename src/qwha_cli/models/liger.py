@@ -4,7 +4,8 @@ Norms, gated activations and rotary embeddings become one kernel each where lige
 product with the vocabulary, the softmax and the loss become one function that takes a few hundred tokens at a time and leaves
 the gradient of the hidden states only: 8,192 tokens and a vocabulary of 128,256 words make 2 GB of logits and as much of
 gradients. For that the head is exchanged for one that hands the hidden states on, which fits every model whose logits are its
-head's output and nothing more. Liger's kernels run on CUDA devices; the package is in the extra `gpu`.
+head's output and nothing more. Of a head in codes some thousand words at a time are made dense, never all. Liger's kernels run on
+CUDA devices; the package is in the extra `gpu`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,17 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from qwha_cli.errors import UsageError
+from qwha_cli.kernels.backend import Requested
+from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.dequantize import dequantize_span
+from qwha_cli.quant.linear import QuantizedLinear
 
 Kernels = Literal["auto", "torch", "liger"]
 # An eighth of a batch's tokens at once, so that its logits stay small beside its activations. With less than 256 products are
 # narrow, more than 1024 gain nothing: 8,192 tokens and 128,256 words take 41 ms by 128, 23.7 by 256, 22.0 by 1024 on an H100.
 _LEAST_AT_ONCE, _MOST_AT_ONCE = 256, 1024
+# of a head in codes, words that are dense at once: 100 MB in bfloat16 at a width of 3072; a multiple of 32
+_WORDS_AT_ONCE = 1 << 14
 # what some architectures do to the head's output before it is a logit
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale", "lm_head_multiplier")
 
@@ -91,10 +98,9 @@ class FusedHead(nn.Module):
         head: The head, whose weight is shared, not copied.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear | QuantizedLinear) -> None:
         super().__init__()
-        self.weight = head.weight
-        self.bias: Tensor | None = head.bias
+        self.head = head
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the hidden states as they are."""
@@ -112,9 +118,13 @@ class FusedHead(nn.Module):
         """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        bias = None if self.head.bias is None else self.head.bias.detach().to(dtype)
         with torch.autocast(kind, enabled=False):
-            loss: Tensor = _FrozenHeadLoss.apply(hidden.to(dtype), self.weight.detach().to(dtype), bias, targets)
+            if isinstance(self.head, QuantizedLinear):
+                weight, backend = self.head.operand(dtype), self.head.backend
+            else:
+                weight, backend = self.head.weight.detach().to(dtype), "auto"
+            loss: Tensor = _FrozenHeadLoss.apply(hidden.to(dtype), weight, bias, targets, backend)
         return loss
 
 
@@ -126,17 +136,24 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden: Tensor,
+        weight: Tensor | Codes,
+        bias: Tensor | None,
+        targets: Tensor,
+        backend: Requested,
+    ) -> Tensor:
         wanted: bool = ctx.needs_input_grad[0]
         losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
         for part in _parts(hidden.shape[0]):
-            logits = hidden[part] @ weight.mT
+            logits = _logits(hidden[part], weight, backend)
             if bias is not None:
                 logits += bias
             _cross_entropy_in_place(logits, targets[part], losses[part], gradients=wanted)
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[part])
+                _gradient(logits, weight, backend, out=gradient[part])
             # else the next part's would be made beside them
             del logits
         ctx.save_for_backward(gradient)
@@ -144,15 +161,40 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:  # noqa: ANN401  # pyright: ignore
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # noqa: ANN401  # pyright: ignore
         (gradient,) = ctx.saved_tensors
         if gradient is None:
-            return None, None, None, None
+            return None, None, None, None, None
         scaled = torch.empty_like(gradient)
         for part in _parts(len(gradient)):
             # in float32: half precision would round the factor itself, 1 / number of tokens, the same way for every token
             scaled[part] = gradient[part].float().mul_(grad_outputs[0])
-        return scaled, None, None, None
+        return scaled, None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor | Codes, backend: Requested) -> Tensor:
+    """hidden Wᵀ, (n, words)."""
+    if isinstance(weight, Tensor):
+        return hidden @ weight.mT
+    logits = hidden.new_empty(len(hidden), weight.shape[0])
+    for start in range(0, weight.shape[0], _WORDS_AT_ONCE):
+        stop = min(start + _WORDS_AT_ONCE, weight.shape[0])
+        words = dequantize_span(weight, start, stop, hidden.dtype, backend=backend)
+        torch.mm(hidden, words.mT, out=logits[:, start:stop])
+    return logits
+
+
+def _gradient(logits: Tensor, weight: Tensor | Codes, backend: Requested, *, out: Tensor) -> None:
+    """Write d loss / d hidden, where the gradient of the logits is known."""
+    if isinstance(weight, Tensor):
+        torch.mm(logits, weight, out=out)
+        return
+    # in float32: else each of a dozen parts would be rounded with all that came before it
+    total = torch.zeros(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
+    for start in range(0, weight.shape[0], _WORDS_AT_ONCE):
+        stop = min(start + _WORDS_AT_ONCE, weight.shape[0])
+        total += logits[:, start:stop] @ dequantize_span(weight, start, stop, logits.dtype, backend=backend)
+    out.copy_(total)
 
 
 def _parts(tokens: int) -> list[slice]:
@@ -180,7 +222,7 @@ def _cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, *, 
 @contextlib.contextmanager
 def fused_head(model: PreTrainedModel) -> Generator[FusedHead]:
     """Put a FusedHead in the head's place for the block."""
-    head = cast(nn.Linear, model.get_output_embeddings())
+    head = cast("nn.Linear | QuantizedLinear", model.get_output_embeddings())
     fused = FusedHead(head)
     model.set_output_embeddings(fused)
     try:
