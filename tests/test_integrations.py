@@ -93,9 +93,7 @@ def test_transformers_adds_a_second_adapter_switches_and_saves_it(run: tuple[Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transformers_gives_the_stored_values_whatever_the_base_has(
-    run: tuple[Path, Tensor], dtype: torch.dtype
-) -> None:
+def test_transformers_gives_the_stored_values_whatever_the_base_has(run: tuple[Path, Tensor], dtype: torch.dtype) -> None:
     folder, _ = run
     stored = load_file(folder / "3-train" / "adapter_model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder / "1-quantize", dtype=dtype)

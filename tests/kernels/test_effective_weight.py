@@ -136,9 +136,7 @@ def half_values(codes: Codes, backend: str) -> None:
     for base, basis in ((codes, "hadamard"), (codes, "weight"), (dequantize(codes, torch.float32), "hadamard")):
         for dtype in (torch.float32, torch.float16):
             how = {"basis": basis, "scale": 0.3, "dtype": dtype, "backend": backend}
-            assert torch.equal(
-                effective_weight(base, half, places, **how), effective_weight(base, half.float(), places, **how)
-            )
+            assert torch.equal(effective_weight(base, half, places, **how), effective_weight(base, half.float(), places, **how))
 
 
 @pytest.mark.parametrize("case", CASES[:3])

@@ -99,7 +99,10 @@ def _hand_on_dtype(model: nn.Module) -> None:
 
 
 def _dequantize(model: nn.Module) -> None:
-    """Replace what is still quantized after a merge, layers without an adapter and the vocabulary, and remove every sign of a quantized model."""
+    """Replace what is still quantized after a merge: layers without an adapter, and the vocabulary.
+
+    Removes every sign of a quantized model.
+    """
     dtype = model_dtype(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -155,9 +155,7 @@ def _gptq_codes(ptr, row, inside, start, stride, columns, BITS: tl.constexpr, CO
 
 
 @triton.jit
-def _gptq_grid(
-    scales_ptr, zeros_ptr, row, group, inside, rows, stride, zero_stride, BITS: tl.constexpr, ZERO_BITS: tl.constexpr
-):
+def _gptq_grid(scales_ptr, zeros_ptr, row, group, inside, rows, stride, zero_stride, BITS: tl.constexpr, ZERO_BITS: tl.constexpr):
     """Scales, and minus scale times zero, both exact in float32."""
     scale = tl.load(scales_ptr + group * stride + row, mask=inside, other=0.0).to(tl.float32)
     words = (rows * ZERO_BITS + 31) // 32
@@ -223,9 +221,7 @@ def _at(
         else:
             code = code >> shift
         code = (code & ((1 << BITS) - 1)).to(tl.float32)
-        scale, offset = _gptq_grid(
-            scales_ptr, zeros_ptr, row, column // GROUP, mask, rows, stride, zero_stride, BITS, ZERO_BITS
-        )
+        scale, offset = _gptq_grid(scales_ptr, zeros_ptr, row, column // GROUP, mask, rows, stride, zero_stride, BITS, ZERO_BITS)
         return tl.fma(code, scale, offset)
     else:
         byte = tl.load(base_ptr + place // 2, mask=mask, other=0).to(tl.int32)

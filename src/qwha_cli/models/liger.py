@@ -173,7 +173,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor | Codes, backend: Requested) -> Tensor:
-    """hidden Wᵀ, (n, words)."""
+    """The product of hidden states and all words, (n, words)."""
     if isinstance(weight, Tensor):
         return hidden @ weight.mT
     logits = hidden.new_empty(len(hidden), weight.shape[0])

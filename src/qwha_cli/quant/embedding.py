@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -122,7 +122,7 @@ class Vocabulary:
 
     def to_dict(self) -> dict[str, object]:
         """JSON-able fields."""
-        return asdict(self) | {"format": self.format.to_dict()}
+        return {"embedding": self.embedding, "head": self.head, "tied": self.tied, "format": self.format.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, object]) -> Vocabulary:
@@ -151,7 +151,7 @@ def vocabulary_of(model: PreTrainedModel, *, format: QuantFormat) -> Vocabulary:
     Raises:
         ModelError: They are not an nn.Embedding and an nn.Linear of the kinds that can be stored so.
     """
-    embedding, head = cast(nn.Module, model.get_input_embeddings()), cast("nn.Module | None", model.get_output_embeddings())
+    embedding, head = model.get_input_embeddings(), cast("nn.Module | None", model.get_output_embeddings())
     names = {id(module): name for name, module in model.named_modules()}
     if not isinstance(embedding, nn.Embedding):
         raise _unfit(names[id(embedding)], f"a {type(embedding).__name__} is no plain embedding")
@@ -233,7 +233,7 @@ def dequantize_vocabulary(model: nn.Module, dtype: torch.dtype) -> None:
 
 def vocabulary_in(model: PreTrainedModel) -> Vocabulary | None:
     """What `put_vocabulary` has put into a model, or transformers has loaded; None if its embedding is an ordinary one."""
-    embedding, head = cast(nn.Module, model.get_input_embeddings()), cast("nn.Module | None", model.get_output_embeddings())
+    embedding, head = model.get_input_embeddings(), cast("nn.Module | None", model.get_output_embeddings())
     if not isinstance(embedding, QuantizedEmbedding):
         return None
     names = {id(module): name for name, module in model.named_modules()}
@@ -247,11 +247,15 @@ def vocabulary_in(model: PreTrainedModel) -> Vocabulary | None:
 
 def _forget_tie(model: PreTrainedModel, head: str) -> None:
     """Keep transformers from tying parameters that are no longer there."""
-    own = cast("Mapping[str, str]", model._tied_weights_keys or {})
+    own = cast("Mapping[str, str]", model._tied_weights_keys or {})  # pyright: ignore[reportPrivateUsage]
     every = cast("Mapping[str, str]", model.all_tied_weights_keys)
     # on the model, not on its class
-    model._tied_weights_keys = {name: other for name, other in own.items() if not name.startswith(f"{head}.")}
-    model.all_tied_weights_keys = {name: other for name, other in every.items() if not name.startswith(f"{head}.")}
+    model._tied_weights_keys = _without(own, head)  # pyright: ignore[reportPrivateUsage]
+    model.all_tied_weights_keys = _without(every, head)
+
+
+def _without(keys: Mapping[str, str], head: str) -> dict[str, str]:
+    return {name: other for name, other in keys.items() if not name.startswith(f"{head}.")}
 
 
 def _remember_tie(model: nn.Module) -> None:

@@ -62,7 +62,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     """Every module of a model that has codes of its own, linear layers and embeddings, by its full name, wrappers included."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule) and module.source is module}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    return {name: module for name, module in packed.items() if module.source is module}
 
 
 def base_name(name: str) -> str:

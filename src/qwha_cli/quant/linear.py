@@ -92,4 +92,5 @@ class QuantizedLinear(PackedModule):
 
     def extra_repr(self) -> str:
         """Sizes and format, for print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self._describe()}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self._describe()}"

@@ -79,7 +79,8 @@ class PackedModule(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The codes as a value; it shares the buffers."""
-        return PackedWeight({name: self.source.get_buffer(name) for name in self.format.shapes(self.shape)}, self.format, self.shape)
+        tensors = {name: self.source.get_buffer(name) for name in self.format.shapes(self.shape)}
+        return PackedWeight(tensors, self.format, self.shape)
 
     def codes(self) -> Codes:
         """The codes as kernels read them, the same object until a buffer is replaced; it shares the buffers."""

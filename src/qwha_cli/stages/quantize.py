@@ -55,6 +55,8 @@ def run(context: StageContext) -> dict[str, object]:
     """Quantize the recipe's model and write it as a Hugging Face folder with layers.jsonl; return the summary."""
     recipe = context.recipe
     opened = open_original(context)
+    # asked before the walk, which leaves blocks in the format that it computed in
+    dtype = _stored_dtype(context, opened)
     targets = by_block(opened.model, quantized_targets(opened.model, recipe))
     context.progress(0, 1, "reading calibration text")
     tokens = calibration(context, opened.tokenizer)
@@ -80,7 +82,7 @@ def run(context: StageContext) -> dict[str, object]:
         context.draft,
         parts,
         model=opened.model,
-        dtype=_stored_dtype(context, opened),
+        dtype=dtype,
         layers=layers,
         format=_options(recipe).format,
         tokenizer=opened.tokenizer,

@@ -4,8 +4,9 @@
 
 On the layer lie, by adapter name, `qwha_values` (nnz,) — the only trainable tensors — and their places as the stream of bytes
 `qwha_gaps` uint8, see kernels/gaps.py. Values are float32, but for those that were loaded to stay as they are: kernels make
-float32 of what they read, so a file's bfloat16 numbers give the same result to the bit and take half the memory. Parameters are looked up at every call: peft re-creates them. The stream is read
-when a layer is first used and when it is saved, so it stays in host memory whatever device the layer is on.
+float32 of what they read, so a file's bfloat16 numbers give the same result to the bit in half the memory. Parameters are looked
+up at every call: peft re-creates them. The stream is read when a layer is first used and when it is saved, so it stays in host
+memory whatever device the layer is on.
 
 This file does not decide which layers get an adapter (model.py) nor how many entries where (places.py, initializers).
 """
@@ -39,7 +40,9 @@ from qwha_cli.kernels.wht import wht
 class _Values(nn.ParameterDict):
     """Values by adapter name. What a file holds is never rounded, whatever the place that was made for it."""
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] - torch calls it by place
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object
+    ) -> None:
         for name, value in list(self.items()):
             found = state_dict.get(f"{prefix}{name}")
             if found is not None and found.dtype.itemsize > value.dtype.itemsize:
