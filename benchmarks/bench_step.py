@@ -10,7 +10,8 @@ attention, Liger's kernels, and --launch graph records forward and backward as a
 launched one by one, and says so in its line), --launch eager launches kernels one by one as peft and transformers do. Median
 of --steps after --warmup. Peak memory is the device's, with the model, without an optimizer. Rows: `official` is the published
 layer's arithmetic on a 2-bit base, QLoRA is bitsandbytes' NF4 under peft, `full` trains all linear layers in bfloat16 without an
-adapter: the same matrix products as ours. --loss plain takes transformers' own kernels for every row.
+adapter: the same matrix products as ours. With 8-bit embeddings the loss makes some thousand words dense at a time. --loss plain
+takes transformers' own kernels for every row.
 """
 
 from __future__ import annotations
@@ -53,9 +54,14 @@ ONE_BY_ONE = ", kernels one by one"
 CASES = {"16 on": (16, True), "16 off": (16, False), "1 on": (1, True), "1 off": (1, False), "4 on": (4, True)}
 
 
-def _ours(basis: str, keep: str = "memory") -> Callable[[argparse.Namespace], nn.Module]:
+def _group(a: argparse.Namespace) -> int:
+    return 16 if a.shape.startswith("tiny") else 64
+
+
+def _ours(basis: str, keep: str = "memory", *, embedding_bits: int = 16) -> Callable[[argparse.Namespace], nn.Module]:
     def build(a: argparse.Namespace) -> nn.Module:
-        base = quantized_model(a.shape, bits=2, group=64, basis=basis, device=a.device)  # pyright: ignore
+        how = {"group": _group(a), "basis": basis, "device": a.device}
+        base = quantized_model(a.shape, bits=2, embedding_bits=embedding_bits, **how)  # pyright: ignore
         model = with_sparse_adapter(base, rank=a.rank, device=a.device)
         set_keep(model, keep)  # pyright: ignore
         return model
@@ -109,6 +115,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     "ours, hadamard": _ours("hadamard"),
     "ours, weight": _ours("weight"),
     "ours, hadamard, keep speed": _ours("hadamard", "speed"),
+    "ours, hadamard, 8-bit embeddings": _ours("hadamard", embedding_bits=8),
 }
 
 
