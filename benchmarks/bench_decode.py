@@ -3,11 +3,11 @@
     python benchmarks/bench_decode.py --shape llama-3.2-3b --embedding-bits 16,8 --out decode.jsonl
     python benchmarks/bench_decode.py --shape tiny-llama --device cpu --group 16 --rank 2 --prompt 6 --new 8
 
-Weights and codes are random: speed and memory do not depend on them. Adapters are as the product loads them for generation: frozen,
-values in bfloat16. With --embedding-bits 8 embedding and head are codes too. The loop is greedy, on a static cache, and never
-waits for the device between tokens; a step is launched from Python, or replayed as a CUDA graph, which must give the same tokens.
-`ms` and `tokens_s` are of the new tokens without the prompt; `gib` is the most memory that generation took, model and cache
-included.
+Weights and codes are random: speed and memory do not depend on them. Adapters are as the product loads them for generation:
+frozen, values in bfloat16. With --embedding-bits 8 embedding and head are codes too. The loop is greedy, on a static cache, and
+never waits for the device between tokens; a step is launched from Python, or replayed as a CUDA graph, which must give the same
+tokens. `ms` and `tokens_s` are of the new tokens without the prompt; `gib` is the most memory that generation took, model and
+cache included.
 """
 
 from __future__ import annotations

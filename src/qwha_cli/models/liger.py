@@ -31,8 +31,8 @@ Kernels = Literal["auto", "torch", "liger"]
 # An eighth of a batch's tokens at once, so that its logits stay small beside its activations. With less than 256 products are
 # narrow, more than 1024 gain nothing: 8,192 tokens and 128,256 words take 41 ms by 128, 23.7 by 256, 22.0 by 1024 on an H100.
 _LEAST_AT_ONCE, _MOST_AT_ONCE = 256, 1024
-# of a head in codes, words that are dense at once: 100 MB in bfloat16 at a width of 3072; a multiple of 32
-_WORDS_AT_ONCE = 1 << 14
+# of a head in codes, words that are dense at once: 50 MB in bfloat16 at a width of 3072; a multiple of 32
+_WORDS_AT_ONCE = 1 << 13
 # what some architectures do to the head's output before it is a logit
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale", "lm_head_multiplier")
 

@@ -2,11 +2,9 @@
 
     y = x W'ᵀ + b,    W' = Q̂ + α F Hᵀ  (nn.Linear, or codes in the weight basis)  or  (Q̂ + α F) Hᵀ  (codes in the Hadamard basis)
 
-On the layer lie, by adapter name, `qwha_values` (nnz,) — the only trainable tensors — and their places as the stream of bytes
-`qwha_gaps` uint8, see kernels/gaps.py. Values are float32, but for those that were loaded to stay as they are: kernels make
-float32 of what they read, so a file's bfloat16 numbers give the same result to the bit in half the memory. Parameters are looked
-up at every call: peft re-creates them. The stream is read when a layer is first used and when it is saved, so it stays in host
-memory whatever device the layer is on.
+On the layer lie, by adapter name, `qwha_values` (nnz,) — the only trainable tensors, see values.py — and their places as the
+stream of bytes `qwha_gaps` uint8, see kernels/gaps.py. Parameters are looked up at every call: peft re-creates them. The stream
+is read when a layer is first used and when it is saved, so it stays in host memory whatever device the layer is on.
 
 This file does not decide which layers get an adapter (model.py) nor how many entries where (places.py, initializers).
 """
@@ -26,6 +24,7 @@ from qwha_cli.adapters.adapted_linear import AdaptedLinear
 from qwha_cli.adapters.base_layer import device_of
 from qwha_cli.adapters.derived import Derived
 from qwha_cli.adapters.spectral.config import Sizes
+from qwha_cli.adapters.spectral.values import Values, frozen, moved, widen_trained
 from qwha_cli.errors import ArtifactError, KernelError
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.effective_weight import Transform, effective_weight
@@ -35,19 +34,6 @@ from qwha_cli.kernels.quant_matmul import quant_matmul, suits
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.spectral_linear import basis_input, computing_dtype, spectral_linear
 from qwha_cli.kernels.wht import wht
-
-
-class _Values(nn.ParameterDict):
-    """Values by adapter name. What a file holds is never rounded, whatever the place that was made for it."""
-
-    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] - torch calls it by place
-        self, state_dict: dict[str, Tensor], prefix: str, *args: object
-    ) -> None:
-        for name, value in list(self.items()):
-            found = state_dict.get(f"{prefix}{name}")
-            if found is not None and found.dtype.itemsize > value.dtype.itemsize:
-                self[name] = nn.Parameter(value.detach().to(found.dtype), requires_grad=value.requires_grad)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportArgumentType]
 
 
 class SpectralLinear(AdaptedLinear):
@@ -65,7 +51,7 @@ class SpectralLinear(AdaptedLinear):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.qwha_values: nn.ParameterDict = _Values()
+        self.qwha_values = Values()
         # persistent is not the default, and without it the places would silently be missing in the file
         self.qwha_gaps = BufferDict(persistent=True)
         self.qwha_scale: dict[str, float] = {}
@@ -135,16 +121,11 @@ class SpectralLinear(AdaptedLinear):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As in peft; values that become trainable become float32."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        for name, values in self.qwha_values.items():
-            if values.requires_grad and values.dtype != torch.float32:
-                self.qwha_values[name] = nn.Parameter(values.detach().float())
+        widen_trained(self.qwha_values)
 
     def freeze(self, adapter_name: str) -> None:
         """Let an adapter's values stay as they are, in bfloat16 if that holds them exactly: as they are loaded for generation."""
-        values = self.qwha_values[adapter_name].detach()
-        half = values.to(torch.bfloat16)
-        kept = half if torch.equal(half.float(), values.float()) else values
-        self.qwha_values[adapter_name] = nn.Parameter(kept, requires_grad=False)
+        self.qwha_values[adapter_name] = frozen(self.qwha_values[adapter_name])
         self._weights.clear()
 
     @property
@@ -339,11 +320,7 @@ class SpectralLinear(AdaptedLinear):
         """Like peft's, but without its cast to the base's dtype: on a bfloat16 base that would round float32 values on reload."""
         if self.qwha_values[adapter_name].device.type == "meta":
             return
-        target = device or device_of(self.base_layer)
-        values = self.qwha_values[adapter_name]
-        # float32 also where peft put the file's own bfloat16 tensor in the place of a parameter that is trained
-        moved = values.detach().to(target, torch.float32 if values.requires_grad else values.dtype)
-        self.qwha_values[adapter_name] = nn.Parameter(moved, requires_grad=values.requires_grad)
+        self.qwha_values[adapter_name] = moved(self.qwha_values[adapter_name], device or device_of(self.base_layer))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralLinear:
         """As nn.Module._apply, but the streams of places stay where they are."""
