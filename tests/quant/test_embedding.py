@@ -22,7 +22,7 @@ from qwha_cli.quant.embedding import QuantizedEmbedding, TiedHead, Vocabulary, p
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quantizers.vocabulary import quantize_words, vocabulary_options
 from support.adapted import fill
-from support.quantized import TOKENS, gaussian, options, quantize_blocks
+from support.quantized import TOKENS, gaussian, options, quantize_blocks, quantize_words_of
 from support.tiny_model import SHAPE, tiny_llama, tiny_qwen2, tiny_tokenizer
 
 register()
@@ -58,15 +58,6 @@ MODELS = {
 LOADABLE = ["untied", "tied", "scaled"]
 
 
-def in_codes(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its vocabulary in 8 bits, in place."""
-    vocabulary = vocabulary_of(model, format=vocabulary_options(GROUP).format)
-    weights = {name: model.get_submodule(name).weight.detach() for name in vocabulary.owners}
-    packed = {name: quantize_words(weight, group_size=GROUP, name=name, device=CPU) for name, weight in weights.items()}
-    put_vocabulary(model, vocabulary, packed)
-    return model
-
-
 def dense_twin(name: str) -> PreTrainedModel:
     """The model whose vocabulary is the dequantized one, made without any of our modules."""
     model = MODELS[name]()
@@ -83,7 +74,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def base(name: str) -> PreTrainedModel:
-    return in_codes(quantize_blocks(MODELS[name](), options("rtn", 4, 16, "hadamard")))
+    return quantize_words_of(quantize_blocks(MODELS[name](), options("rtn", 4, 16, "hadamard")))
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:
@@ -122,7 +113,7 @@ def test_an_embedding_gives_the_rows_of_the_dequantized_matrix() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_computes_what_the_dequantized_vocabulary_computes(name: str) -> None:
     expected = logits(dense_twin(name).double())
-    model = in_codes(MODELS[name]())
+    model = quantize_words_of(MODELS[name]())
     torch.testing.assert_close(logits(copy.deepcopy(model).double()), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(logits(model).double(), expected, rtol=1e-4, atol=1e-4)
     assert (logits(MODELS[name]().double()) - expected).abs().max() > 1e-4
@@ -131,7 +122,7 @@ def test_a_model_computes_what_the_dequantized_vocabulary_computes(name: str) ->
 
 
 def test_a_tied_head_reads_the_embeddings_codes_wherever_they_go() -> None:
-    model = in_codes(tiny_qwen2())
+    model = quantize_words_of(tiny_qwen2())
     head, embedding = model.lm_head, model.model.embed_tokens
     assert isinstance(head, TiedHead)
     assert not any(name.startswith("lm_head") for name in model.state_dict())
@@ -140,7 +131,7 @@ def test_a_tied_head_reads_the_embeddings_codes_wherever_they_go() -> None:
     assert head.codes().codes is embedding.qweight
     model.to("meta")
     assert head.codes().device.type == "meta"
-    twin = copy.deepcopy(in_codes(tiny_qwen2()))
+    twin = copy.deepcopy(quantize_words_of(tiny_qwen2()))
     assert twin.lm_head.codes().codes is twin.model.embed_tokens.qweight
 
 
@@ -151,7 +142,7 @@ def test_a_folder_gives_the_same_bits_through_plain_transformers(name: str, tmp_
     tensors = load_file(tmp_path / "model.safetensors")
     assert ("lm_head.qweight" in tensors) is (name == "untied")
     assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(tensors)
-    for loaded in (load_base(tmp_path, dtype=torch.float32), AutoModelForCausalLM.from_pretrained(tmp_path)):
+    for loaded in (load_base(tmp_path, dtype=torch.float32), AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")):
         assert torch.equal(logits(loaded), logits(model))
         assert fingerprint(loaded) == fingerprint(model)
         assert vocabulary_in(loaded) == vocabulary_in(model)
@@ -161,7 +152,7 @@ def test_a_folder_gives_the_same_bits_through_plain_transformers(name: str, tmp_
 
 
 def test_no_other_reader_is_told_that_it_could_read_it(tmp_path: Path) -> None:
-    model = in_codes(quantize_blocks(tiny_llama(), options("rtn", 4, 16, "weight")))
+    model = quantize_words_of(quantize_blocks(tiny_llama(), options("rtn", 4, 16, "weight")))
     config = json.loads((saved(model, tmp_path) / "config.json").read_text())["quantization_config"]
     assert config["checkpoint_format"] == "qwha"
     assert config["vocabulary"]["embedding"] == "model.embed_tokens"
@@ -181,7 +172,7 @@ def test_a_damaged_vocabulary_is_refused(tensor: str, tmp_path: Path) -> None:
 def test_the_vocabulary_belongs_to_the_fingerprint() -> None:
     plain = quantize_blocks(tiny_qwen2(), options("rtn", 4, 16, "hadamard"))
     before = fingerprint(plain)
-    assert fingerprint(in_codes(plain)) != before
+    assert fingerprint(quantize_words_of(plain)) != before
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -209,8 +200,8 @@ def test_adapters_leave_the_vocabulary_alone_and_merge_into_a_plain_model(name: 
     assert (again.lm_head.weight is again.get_input_embeddings().weight) is tied
 
 
-def test_gradients_flow_through_a_head_in_codes() -> None:
-    model = in_codes(tiny_qwen2())
+def test_gradients_flow_through_a_head_quantize_words_of() -> None:
+    model = quantize_words_of(tiny_qwen2())
     hidden = gaussian(5, 48, seed=3).double().requires_grad_()
     weight = model.lm_head.dense(torch.float64)
     model.lm_head(hidden).square().sum().backward()
@@ -233,4 +224,4 @@ def test_what_cannot_be_stored_so_is_refused() -> None:
     foreign = Vocabulary("model.norm", None, False, vocabulary_options(GROUP).format)
     with pytest.raises(ArtifactError, match="not the embedding or head"):
         put_vocabulary(tiny_llama(), foreign)
-    assert isinstance(in_codes(tiny_llama()).lm_head, QuantizedLinear)
+    assert isinstance(quantize_words_of(tiny_llama()).lm_head, QuantizedLinear)

@@ -19,7 +19,7 @@ from qwha_cli.models.liger import FusedHead, apply_to_layers, choose_kernels, fu
 from qwha_cli.models.token_loss import count_labelled, summed_loss, token_losses
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quantizers.vocabulary import quantize_words
-from support.quantized import gaussian
+from support.quantized import gaussian, quantize_words_of
 from support.tiny_model import tiny_llama, tiny_qwen2
 
 CPU = torch.device("cpu")
@@ -60,7 +60,10 @@ def test_what_the_recipe_asks_for_is_done() -> None:
     assert "as the recipe asks" in choose_kernels("torch", model=tiny_llama(), device=CPU).reason
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2])
+BUILDS = [tiny_llama, tiny_qwen2, lambda: quantize_words_of(tiny_llama()), lambda: quantize_words_of(tiny_qwen2())]
+
+
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("peft", [False, True])
 def test_without_logits_the_loss_and_gradients_are_those_with_them(
     build: type, peft: bool, monkeypatch: pytest.MonkeyPatch
