@@ -17,6 +17,7 @@ from qwha_cli.adapters.peft_bridge import register
 from qwha_cli.adapters.spectral.config import SpectralConfig
 from qwha_cli.adapters.spectral.model import spectral_layers
 from qwha_cli.errors import ArtifactError, ModelError
+from qwha_cli.kernels import wide_linear
 from qwha_cli.quant.checkpoint import fingerprint, load_base, save_base
 from qwha_cli.quant.embedding import QuantizedEmbedding, TiedHead, Vocabulary, put_vocabulary, vocabulary_in, vocabulary_of
 from qwha_cli.quant.linear import QuantizedLinear
@@ -200,12 +201,33 @@ def test_adapters_leave_the_vocabulary_alone_and_merge_into_a_plain_model(name: 
     assert (again.lm_head.weight is again.get_input_embeddings().weight) is tied
 
 
-def test_gradients_flow_through_a_head_quantize_words_of() -> None:
-    model = quantize_words_of(tiny_qwen2())
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_flow_through_a_head_in_codes_whose_dense_weight_may_be_too_large(
+    wide: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantize_words_of(with_bias(tiny_qwen2()) if bias else tiny_qwen2())
+    added = model.lm_head.bias.double() if bias else 0
     hidden = gaussian(5, 48, seed=3).double().requires_grad_()
     weight = model.lm_head.dense(torch.float64)
-    model.lm_head(hidden).square().sum().backward()
-    torch.testing.assert_close(hidden.grad, 2 * (hidden @ weight.T) @ weight, rtol=0, atol=1e-12)
+    if wide:
+        monkeypatch.setattr(wide_linear, "_WIDE", 259)
+        monkeypatch.setattr(wide_linear, "_AT_ONCE", 64)
+        # whoever wants the whole head dense shall fail
+        monkeypatch.setattr(QuantizedLinear, "dense", None)
+        monkeypatch.setattr("qwha_cli.kernels.low_rank.dense_base", None)
+    found = model.lm_head(hidden.view(1, 5, 48))
+    found.square().sum().backward()
+    expected = hidden @ weight.T + added
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(hidden.grad, 2 * expected @ weight, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model.lm_head(hidden), expected, rtol=0, atol=1e-12)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = model.lm_head(hidden.float())
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.double(), expected, rtol=0.05, atol=0.05)
+    assert model.lm_head(hidden[:0]).shape == (0, 260)
 
 
 def test_what_cannot_be_stored_so_is_refused() -> None:

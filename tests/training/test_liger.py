@@ -12,6 +12,7 @@ from torch import Tensor
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.tokenize import Encoded
 from qwha_cli.errors import UsageError
+from qwha_cli.kernels import wide_linear
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize import dequantize_span
 from qwha_cli.models import liger
@@ -162,7 +163,7 @@ def test_the_loss_over_a_head_in_codes_is_that_of_its_dense_weight(
     bias: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(liger, "_cross_entropy_in_place", in_place)
-    monkeypatch.setattr(liger, "_WORDS_AT_ONCE", 96)
+    monkeypatch.setattr(wide_linear, "_AT_ONCE", 96)
     largest: list[int] = []
 
     def span(codes: Codes, start: int, stop: int, *args: object, **kwargs: object) -> Tensor:
@@ -170,7 +171,7 @@ def test_the_loss_over_a_head_in_codes_is_that_of_its_dense_weight(
         largest.append(len(found))
         return found
 
-    monkeypatch.setattr(liger, "dequantize_span", span)
+    monkeypatch.setattr(wide_linear, "dequantize_span", span)
     head = quantized_head(1003, 80, bias=bias)
     head.keep_dense = kept
     hidden, targets = some_tokens(700, 80, 1003)
@@ -188,7 +189,7 @@ def test_the_loss_over_a_head_in_codes_is_that_of_its_dense_weight(
 @needs_liger
 @pytest.mark.parametrize("tokens", [1, 700])
 def test_a_head_in_codes_gives_its_loss_on_a_gpu_also_as_a_graph(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liger, "_WORDS_AT_ONCE", 96)
+    monkeypatch.setattr(wide_linear, "_AT_ONCE", 96)
     head = quantized_head(1003, 96, bias=False, device="cuda")
     hidden, targets = some_tokens(tokens, 96, 1003, "cuda")
     expected, gradient = exact_loss(head, hidden, targets)

@@ -24,15 +24,13 @@ from transformers import PreTrainedModel
 from qwha_cli.errors import UsageError
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.codes import Codes
-from qwha_cli.kernels.dequantize import dequantize_span
+from qwha_cli.kernels.wide_linear import wide_gradient, wide_product
 from qwha_cli.quant.linear import QuantizedLinear
 
 Kernels = Literal["auto", "torch", "liger"]
 # An eighth of a batch's tokens at once, so that its logits stay small beside its activations. With less than 256 products are
 # narrow, more than 1024 gain nothing: 8,192 tokens and 128,256 words take 41 ms by 128, 23.7 by 256, 22.0 by 1024 on an H100.
 _LEAST_AT_ONCE, _MOST_AT_ONCE = 256, 1024
-# of a head in codes, words that are dense at once: 50 MB in bfloat16 at a width of 3072; a multiple of 32
-_WORDS_AT_ONCE = 1 << 13
 # what some architectures do to the head's output before it is a logit
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale", "lm_head_multiplier")
 
@@ -148,12 +146,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
         losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
         for part in _parts(hidden.shape[0]):
-            logits = _logits(hidden[part], weight, backend)
+            logits = (
+                hidden[part] @ weight.mT if isinstance(weight, Tensor) else wide_product(hidden[part], weight, backend=backend)
+            )
             if bias is not None:
                 logits += bias
             _cross_entropy_in_place(logits, targets[part], losses[part], gradients=wanted)
             if gradient is not None:
-                _gradient(logits, weight, backend, out=gradient[part])
+                if isinstance(weight, Tensor):
+                    torch.mm(logits, weight, out=gradient[part])
+                else:
+                    gradient[part] = wide_gradient(logits, weight, backend=backend)
             # else the next part's would be made beside them
             del logits
         ctx.save_for_backward(gradient)
@@ -170,31 +173,6 @@ class _FrozenHeadLoss(torch.autograd.Function):
             # in float32: half precision would round the factor itself, 1 / number of tokens, the same way for every token
             scaled[part] = gradient[part].float().mul_(grad_outputs[0])
         return scaled, None, None, None, None
-
-
-def _logits(hidden: Tensor, weight: Tensor | Codes, backend: Requested) -> Tensor:
-    """The product of hidden states and all words, (n, words)."""
-    if isinstance(weight, Tensor):
-        return hidden @ weight.mT
-    logits = hidden.new_empty(len(hidden), weight.shape[0])
-    for start in range(0, weight.shape[0], _WORDS_AT_ONCE):
-        stop = min(start + _WORDS_AT_ONCE, weight.shape[0])
-        words = dequantize_span(weight, start, stop, hidden.dtype, backend=backend)
-        torch.mm(hidden, words.mT, out=logits[:, start:stop])
-    return logits
-
-
-def _gradient(logits: Tensor, weight: Tensor | Codes, backend: Requested, *, out: Tensor) -> None:
-    """Write d loss / d hidden, where the gradient of the logits is known."""
-    if isinstance(weight, Tensor):
-        torch.mm(logits, weight, out=out)
-        return
-    # in float32: else each of a dozen parts would be rounded with all that came before it
-    total = torch.zeros(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
-    for start in range(0, weight.shape[0], _WORDS_AT_ONCE):
-        stop = min(start + _WORDS_AT_ONCE, weight.shape[0])
-        total += logits[:, start:stop] @ dequantize_span(weight, start, stop, logits.dtype, backend=backend)
-    out.copy_(total)
 
 
 def _parts(tokens: int) -> list[slice]:

@@ -3,7 +3,7 @@
     y = x Q̂ᵀ + b  (basis "weight")    or    y = (x H) Q̂ᵀ + b  (basis "hadamard")
 
 It has no parameters: gradient flows to x, never to the codes, which are buffers (module.py). Forward and backward each make the
-dense weight, or it is kept: `keep_dense`.
+dense weight, or it is kept: `keep_dense`. A vocabulary's is made in parts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.low_rank import frozen_linear
 from qwha_cli.kernels.quant_matmul import quant_matmul, suits
 from qwha_cli.kernels.spectral_linear import basis_input, computing_dtype
+from qwha_cli.kernels.wide_linear import is_wide, wide_linear
 from qwha_cli.quant.module import PackedModule
 from qwha_cli.quant.packed import PackedWeight, QuantFormat
 
@@ -81,6 +82,10 @@ class QuantizedLinear(PackedModule):
         dtype = computing_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             base = self.operand(dtype)
+            if isinstance(base, Codes) and is_wide(base) and self.basis == "weight" and not suits(x, base, dtype, self.backend):
+                return wide_linear(
+                    x.to(dtype), base, bias=None if self.bias is None else self.bias.to(dtype), backend=self.backend
+                )
             if torch.is_grad_enabled() and x.requires_grad:
                 # autograd by itself would keep the dense weight of every layer
                 return frozen_linear(x.to(dtype), base=base, basis=self.basis, bias=self.bias, backend=self.backend)
