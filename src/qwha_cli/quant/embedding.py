@@ -24,6 +24,8 @@ from qwha_cli.quant.module import PackedModule
 from qwha_cli.quant.packed import PackedWeight, QuantFormat
 from qwha_cli.quant.swap import replace
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 class QuantizedEmbedding(PackedModule):
     """Stands where an nn.Embedding stood. Its codes are uninitialised until loaded, or put there by `take`.
@@ -43,7 +45,11 @@ class QuantizedEmbedding(PackedModule):
         super().__init__((original.num_embeddings, original.embedding_dim), format=format, device=device)
         self.num_embeddings, self.embedding_dim = self.shape
         self.padding_idx = original.padding_idx
-        self._factor = _factor_of(original)
+        factor = self._factor = _factor_of(original)
+        # rounded as the embedding that it was did, and known before a pass could be recorded
+        self._rounded = (
+            {} if factor is None else {dtype: float(torch.tensor(factor, device="cpu").to(dtype)) for dtype in _FLOATS}
+        )
         # in a tuple: as a submodule it would be part of the model
         self._original = (_without_weight(original),)
         # the model's dtype, which follows `model.to(dtype)` as a weight would; the codes do not
@@ -60,9 +66,8 @@ class QuantizedEmbedding(PackedModule):
         """
         dtype = self.like.dtype
         rows = gather_rows(self.codes(), ids.reshape(-1), dtype)
-        if self._factor is not None:
-            # rounded to the dtype first, as the embedding that it was did
-            rows = rows * float(torch.tensor(self._factor).to(dtype))
+        if self._rounded:
+            rows = rows * self._rounded[dtype]
         return rows.view(*ids.shape, self.embedding_dim)
 
     def dequantized(self, dtype: torch.dtype) -> nn.Embedding:
