@@ -44,6 +44,7 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/machine.py --out $(RESULTS)/machine.json
 	$(BIN)/python benchmarks/bench_wht.py check
 	$(BIN)/python benchmarks/bench_wht.py run --out $(RESULTS)/wht.jsonl
+	$(BIN)/python benchmarks/bench_fused_wht.py run --out $(RESULTS)/fused-wht.jsonl
 	$(BIN)/python benchmarks/bench_effective_weight.py run --check --out $(RESULTS)/effective-weight.jsonl
 	$(BIN)/python benchmarks/bench_quant_matmul.py run --check --out $(RESULTS)/quant-matmul.jsonl
 	$(BIN)/python benchmarks/bench_step.py run --out $(RESULTS)/step.jsonl

@@ -10,8 +10,9 @@ attention, Liger's kernels, and --launch graph records forward and backward as a
 launched one by one, and says so in its line), --launch eager launches kernels one by one as peft and transformers do. Median
 of --steps after --warmup. Peak memory is the device's, with the model, without an optimizer. Rows: `official` is the published
 layer's arithmetic on a 2-bit base, QLoRA is bitsandbytes' NF4 under peft, `full` trains all linear layers in bfloat16 without an
-adapter: the same matrix products as ours. With 8-bit embeddings the loss makes some thousand words dense at a time. --loss plain
-takes transformers' own kernels for every row.
+adapter: the same matrix products as ours. Our rows keep dense weights as `train.keep: auto` does on a GPU without room for all of
+them, a block's with checkpointing and none without, but for those that say what they keep. With 8-bit embeddings the loss makes
+some thousand words dense at a time. --loss plain takes transformers' own kernels for every row.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from shape_models import (
 )
 from torch import nn
 
+from qwha_cli.adapters.adapted_linear import adapted_layers
+from qwha_cli.adapters.fused_blocks import choose_fused_blocks, fused_blocks
 from qwha_cli.adapters.keep import set_keep
 from qwha_cli.data.flatten import FlatShape, flat_batch
 from qwha_cli.data.tokenize import Encoded
@@ -58,7 +61,7 @@ def _group(a: argparse.Namespace) -> int:
     return 16 if a.shape.startswith("tiny") else 64
 
 
-def _ours(basis: str, keep: str = "memory", *, embedding_bits: int = 16) -> Callable[[argparse.Namespace], nn.Module]:
+def _ours(basis: str, keep: str = "block", *, embedding_bits: int = 16) -> Callable[[argparse.Namespace], nn.Module]:
     def build(a: argparse.Namespace) -> nn.Module:
         how = {"group": _group(a), "basis": basis, "device": a.device}
         base = quantized_model(a.shape, bits=2, embedding_bits=embedding_bits, **how)  # pyright: ignore
@@ -67,6 +70,12 @@ def _ours(basis: str, keep: str = "memory", *, embedding_bits: int = 16) -> Call
         return model
 
     return build
+
+
+def _low_rank(a: argparse.Namespace) -> nn.Module:
+    model = with_lora(quantized_model(a.shape, bits=2, group=64, basis="weight", device=a.device), rank=a.rank)
+    set_keep(model, "block")
+    return model
 
 
 def _official(a: argparse.Namespace) -> nn.Module:
@@ -107,13 +116,12 @@ def _full(a: argparse.Namespace) -> nn.Module:
 ROWS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     "official": _official,
     "QLoRA": _qlora,
-    "LoRA on 2 bits": lambda a: with_lora(
-        quantized_model(a.shape, bits=2, group=64, basis="weight", device=a.device), rank=a.rank
-    ),
+    "LoRA on 2 bits": _low_rank,
     "LoRA on bf16": lambda a: with_lora(dense_model(a.shape, device=a.device), rank=a.rank),
     "full bf16": _full,
     "ours, hadamard": _ours("hadamard"),
     "ours, weight": _ours("weight"),
+    "ours, hadamard, keep memory": _ours("hadamard", "memory"),
     "ours, hadamard, keep speed": _ours("hadamard", "speed"),
     "ours, hadamard, 8-bit embeddings": _ours("hadamard", embedding_bits=8),
 }
@@ -128,9 +136,12 @@ class Step:
         liger: Whether to use Liger's kernels.
         device: Of the model.
         launch: Whether to record forward and backward.
+        apart: Whether to leave norms and activations in the Hadamard basis to Liger, as in the other rows.
     """
 
-    def __init__(self, model: nn.Module, *, length: int, liger: bool, device: str, launch: str = "graph") -> None:
+    def __init__(
+        self, model: nn.Module, *, length: int, liger: bool, device: str, launch: str = "graph", apart: bool = False
+    ) -> None:
         self.model = model
         self.causal = causal_model(model)
         self.length, self.device, self.launch = length, torch.device(device), launch
@@ -138,7 +149,9 @@ class Step:
         if choice.layers:
             apply_to_layers(self.causal)
         self.fused = choice.loss
+        self.blocks = choose_fused_blocks(self.causal, wanted=liger and not apart, device=self.device, dtype=DTYPE).fused
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.block = any(layer.keep == "block" for layer in adapted_layers(model).values())
 
     @contextlib.contextmanager
     def case(self, batch: int, checkpointing: bool) -> Iterator[Callable[[], torch.Tensor]]:
@@ -150,11 +163,18 @@ class Step:
         if checkpointing:
             how = {"use_reentrant": False, "preserve_rng_state": False}
             self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+            # as training does: the frozen embeddings' output needs no gradient
+            self.causal.disable_input_require_grads()
         else:
             self.causal.gradient_checkpointing_disable()
+        if self.block:
+            # as choose_keep has it: nothing is recomputed, and the weights of all layers would stay
+            set_keep(self.model, "block" if checkpointing else "memory")
         self.model.train()
         with contextlib.ExitStack() as stack:
             stack.enter_context(varlen_attention(self.causal))
+            if self.blocks:
+                stack.enter_context(fused_blocks(self.causal))
             head: FusedHead | None = stack.enter_context(fused_head(self.causal)) if self.fused else None
 
             def passes(batch: Mapping[str, torch.Tensor], equal: int | None) -> torch.Tensor:
@@ -216,7 +236,7 @@ def run(a: argparse.Namespace) -> None:
         try:
             torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
-            step = Step(ROWS[name](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch)
+            step = Step(ROWS[name](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch, apart=a.apart)
             built = round(time.monotonic() - started, 1)
             # what building left behind is not the model's
             gc.collect()
@@ -230,7 +250,7 @@ def run(a: argparse.Namespace) -> None:
                 with step.case(batch, checkpointing) as take:
                     ms, loss = measure(take, warmup=a.warmup, steps=a.steps)
                 line = {
-                    "row": name, "launch": step.launch,
+                    "row": name, "launch": step.launch, "fused_blocks": step.blocks,
                     "shape": a.shape, "case": case, "length": a.length, "rank": a.rank, "loss_kernels": a.loss,
                     "ms": round(ms, 2), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
                     "resident_gib": round(resident, 3), "loss": round(loss, 4), "built_s": built,
@@ -250,7 +270,7 @@ def run(a: argparse.Namespace) -> None:
 
 def profile(a: argparse.Namespace) -> None:
     """Where a step's time goes: a table by kernel on the terminal, and a trace."""
-    step = Step(ROWS[a.rows](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch)
+    step = Step(ROWS[a.rows](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch, apart=a.apart)
     batch, checkpointing = CASES[a.cases]
     folder = Path(a.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,6 +327,7 @@ def main() -> None:
         command.add_argument("--steps", type=int, default=5)
         command.add_argument("--loss", choices=("liger", "plain"), default="liger")
         command.add_argument("--launch", choices=("graph", "eager"), default="graph")
+        command.add_argument("--apart", action="store_true", help="norms and activations by Liger in the Hadamard basis too")
         command.add_argument("--device", default="cuda")
         command.add_argument("--commit", default=current_commit())
         command.add_argument("--out", required=True)

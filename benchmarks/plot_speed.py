@@ -1,16 +1,19 @@
 """The pictures of docs/results/speed.md: where the GPU's time in a step goes, and how time and memory grow.
 
     python benchmarks/plot_speed.py profile docs/results/data/profile.json docs/results/profile.png
+    python benchmarks/plot_speed.py parts profile-ours-hadamard-16-on.json
     python benchmarks/plot_speed.py sweeps results/sweeps.jsonl results/sweeps.png
 
-`sweeps` takes any number of files with lines of bench_memory.py or bench_step.py before the picture's name; a line belongs where
-its shape, sequences and tokens say. A point that ran out of memory is where a curve ends.
+`parts` prints what a profile of bench_step.py is made of, as the first picture's file has it. `sweeps` takes any number of
+files with lines of bench_memory.py or bench_step.py before the picture's name; a line belongs where its shape, sequences and
+tokens say. A point that ran out of memory is where a curve ends.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from results_csv import read_lines
 from sweeps import BATCHES, LENGTHS, SHAPE, SIZES, Line, Sweep, series
 
 INK, FAINT, GRID, OURS, OTHERS = "#1d2330", "#626b7a", "#e4e6ea", "#c8552b", "#1f5f8b"
-OURS_FAMILY = (OURS, "#e8a06f", "#8a3414", "#d98a1f")
+OURS_FAMILY = (OURS, "#e8a06f", "#8a3414", "#d98a1f", "#7d5a3c")
 OTHERS_FAMILY = ("#1d2330", OTHERS, "#6aa9d2", "#3f8f80", "#9aa3b0", "#7a6aa8")
 # of a panel's height, between the middles of two labels
 LABEL_GAP = 0.056
@@ -54,15 +57,46 @@ PANELS = (
 )
 
 
+# kernels by name, the first that fits; what no pattern finds is "other"
+PARTS = {
+    "matrix products": r"nvjet|gemm|cutlass|xmma",
+    "Liger's kernels": r"rms_norm|swiglu|triton_rope|liger|cross_entropy",
+    "norms and gates with transforms (ours)": r"^_(norm|gate)_(for|back)ward",
+    "transforms (ours)": r"^_transform",
+    "attention": r"sdpa|fmha|flash|cudnn",
+    "weights from codes (ours)": r"^_write",
+    "additions": r"CUDAFunctor_add",
+    "gather at F's places (ours)": r"^_gather",
+}
+
+
+def parts(source: str) -> None:
+    """Print milliseconds by part."""
+    print(json.dumps(grouped(json.loads(Path(source).read_text())), indent=1))
+
+
+def grouped(kernels: Sequence[Mapping[str, object]]) -> dict[str, float]:
+    """Milliseconds on the device by part, from lines with `name` and `cuda_ms`."""
+    found = dict.fromkeys([*PARTS, "other"], 0.0)
+    for kernel in kernels:
+        # torch's own entries stand for kernels that are listed too
+        if not str(kernel["name"]).startswith(("aten::", "Activity Buffer")):
+            part = next((part for part, pattern in PARTS.items() if re.search(pattern, str(kernel["name"]))), "other")
+            found[part] += cast(float, kernel["cuda_ms"])
+    return {part: round(ms, 1) for part, ms in found.items()}
+
+
 def profile(source: str, out: str) -> None:
-    """Draw the cases of a profile side by side, parts in the order of the first case."""
+    """Draw the cases of a profile side by side."""
     found = json.loads(Path(source).read_text())
     figure = Figure(figsize=(3 + 3.1 * len(found["cases"]), 3.8), dpi=160)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(found["cases"]), sharey=True)
-    names = list(next(iter(found["cases"].values())))
-    for axis, (case, parts) in zip(axes, found["cases"].items(), strict=True):
-        values = [parts[name] for name in names]
+    known = {name for case in found["cases"].values() for name in case}
+    names = [name for name in [*PARTS, "other"] if name in known]
+    for axis, (case, ms) in zip(axes, found["cases"].items(), strict=True):
+        # a case may be older than a kernel
+        values = [ms.get(name, 0.0) for name in names]
         axis.barh(names, values, color=[OURS if "(ours)" in name else OTHERS for name in names], height=0.7)
         for y, value in enumerate(values):
             axis.text(value + 0.01 * max(values), y, f"{value:.1f}", va="center", color=INK, fontsize=9)
@@ -207,4 +241,4 @@ def _name(axis: Axes, ends: Mapping[str, tuple[float, float]], colour: Mapping[s
 
 
 if __name__ == "__main__":
-    {"profile": profile, "sweeps": sweeps}[sys.argv[1]](*sys.argv[2:])
+    {"profile": profile, "parts": parts, "sweeps": sweeps}[sys.argv[1]](*sys.argv[2:])

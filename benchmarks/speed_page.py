@@ -73,6 +73,16 @@ def transform(lines: Sequence[Line]) -> str:
     return markdown(["n", *(f"{rows:,} rows" for rows in counts), "torch's time by ours"], table)
 
 
+def fused(lines: Sequence[Line]) -> str:
+    """Norms and gates in the transform's pass: share of the copy, and the time of the steps one by one by ours."""
+    rows: list[list[str]] = []
+    for x in lines:
+        if "us" in x:
+            faster = cast(float, x["apart_us"]) / cast(float, x["us"]) if x.get("apart_us") else None
+            rows.append([f"{x['op']}, {x['size']}", number(x["us"]), number(x["share"], ".2f"), number(faster, ".2f")])
+    return markdown(["", "µs", "share", "apart by this"], rows)
+
+
 def weight(lines: Sequence[Line]) -> str:
     """A layer's weight from codes and entries: share of a large copy's bandwidth, and of a like one's."""
     cases = {(shape_of(x), str(x["kind"])): x for x in lines if x.get("op") == "effective_weight"}
@@ -144,6 +154,7 @@ TABLES: _Tables = (
     ("sweeps", f"**By sequence length** (one sequence, {SHAPE}, checkpointing on)", lambda lines: sweep(lines, "length")),
     ("sweeps", "**By model size** (one sequence of 512 tokens, checkpointing on)", lambda lines: sweep(lines, "model")),
     ("wht", "**Transform** (bfloat16; share of a copy's bandwidth)", transform),
+    ("fused-wht", "**Norms and gates in the transform's pass** (bfloat16, 8,192 rows; share of a copy's bandwidth)", fused),
     (
         "effective-weight",
         "**Weight from codes and entries** (share of a large copy; in brackets, of a copy of as many bytes)",

@@ -53,6 +53,10 @@ def results(tmp_path: Path) -> Path:
     curve = [step("ours, hadamard", f"{batch} on", 100.0 + batch) for batch in sweeps.BATCHES]
     save(tmp_path / "sweeps.jsonl", *curve, step("QLoRA", "1 on", 405.0), step("QLoRA", "1 on", 777.0, shape="mistral-7b"))
     save(tmp_path / "wht.jsonl", wht | {"failed": "no"}, wht | {"ms": 0.2, "share": 0.83, "torch_ms": 1.2})
+    save(
+        tmp_path / "fused-wht.jsonl",
+        {"op": "norm", "size": 3072, "us": 30.0, "share": 0.84, "apart_us": 60.0, "tiles": {"outer": 48}},
+    )
     save(tmp_path / "effective-weight.jsonl", {"op": "effective_weight", "shape": shape, "kind": "nf4", "us": 9.0, "share": 0.58})
     save(tmp_path / "quant-matmul.jsonl", {"copy_gb_s": 2400.0, "device": "Card", "torch": "2.11.0"}, few)
     return tmp_path
@@ -136,7 +140,7 @@ def test_a_model_is_built_once_and_what_fails_does_not_end_the_sweep(
 
 def test_every_row_of_a_csv_file_has_its_machine_and_commit(results: Path) -> None:
     written = {path.name: list(csv.DictReader(path.open())) for path in results_csv.write_all(results)}
-    assert set(written) == {f"{name}.csv" for name in ("step", "sweeps", "wht", "effective-weight", "quant-matmul")}
+    assert set(written) == {f"{name}.csv" for name in ("step", "sweeps", "wht", "fused-wht", "effective-weight", "quant-matmul")}
     for rows in written.values():
         for row in rows:
             assert (row["gpu"], row["driver"], row["cpus"], row["torch"], row["triton"]) == ("Card", "580.1", "16", "2.11.0", "")
@@ -179,6 +183,7 @@ def test_the_page_has_a_table_for_each_benchmark_and_names_what_was_not_measured
         "| QLoRA | 405 ms, 4.0 GiB | – | – | – | – |",
         "| QLoRA | 405 ms, 4.0 GiB | 777 ms, 7.8 GiB |",
         "| 3072 | 0.83 | 6.0 |",
+        "| norm, 3072 | 30.0 | 0.84 | 2.00 |",
         "| 3072 × 1024 | 0.58 |",
         "| 3072 × 1024, 1 token | 8.0 (0.50) | – | – | – | 9.5 |",
     ):
@@ -198,6 +203,25 @@ def test_make_writes_what_the_page_reads() -> None:
     assert len(scripts) >= 9
     for script in scripts:
         assert (MAKEFILE.parent / "benchmarks" / f"{script}.py").is_file()
+
+
+def test_every_kernel_of_a_profile_has_its_part() -> None:
+    kernels = {
+        "nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_TNT": "matrix products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention",
+        "void cudnn::fusion::fmha_reduce_head<true>(void const*)": "attention",
+        "_rms_norm_backward_kernel": "Liger's kernels",
+        "_norm_backward": "norms and gates with transforms (ours)",
+        "_gate_forward": "norms and gates with transforms (ours)",
+        "_transform": "transforms (ours)",
+        "_write": "weights from codes (ours)",
+        "_gather": "gather at F's places (ours)",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>>": "additions",
+        "Memset (Unknown)": "other",
+    }
+    for name, part in kernels.items():
+        found = plot_speed.grouped([{"name": name, "cuda_ms": 1.0}, {"name": "aten::mm", "cuda_ms": 5.0}])
+        assert {name: ms for name, ms in found.items() if ms} == {part: 1.0}
 
 
 def test_sweeps_are_drawn_also_where_some_are_missing(results: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.codes import Codes
@@ -36,7 +37,7 @@ def test_factors_without_a_common_rank_are_refused() -> None:
 
 
 @pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("keep", ["memory", "speed"])
+@pytest.mark.parametrize("keep", ["memory", "block", "speed"])
 @pytest.mark.parametrize("shape", [(48,), (2, 5, 48)])
 def test_output_and_gradients_are_those_of_the_dense_layer(basis: str, keep: str, shape: tuple[int, ...]) -> None:
     weight, bias = numbers(80, 48), numbers(80, seed=1).requires_grad_()
@@ -69,8 +70,8 @@ def codes(out_features: int = 80, in_features: int = 48) -> Codes:
     return run_quantizer(numbers(out_features, in_features, dtype=torch.float32), None, options("rtn", 4)).as_codes()
 
 
-@pytest.mark.parametrize(("keep", "saved", "calls"), [("memory", 0, 2), ("speed", 80 * 48, 1)])
-def test_memory_keeps_nothing_of_the_weight_and_builds_it_again_speed_keeps_it(
+@pytest.mark.parametrize(("keep", "saved", "calls"), [("memory", 0, 2), ("block", 80 * 48, 1), ("speed", 80 * 48, 1)])
+def test_memory_keeps_nothing_of_the_weight_and_builds_it_again_the_others_keep_it(
     monkeypatch: pytest.MonkeyPatch, keep: str, saved: int, calls: int
 ) -> None:
     made = counting(monkeypatch)
@@ -83,9 +84,45 @@ def test_memory_keeps_nothing_of_the_weight_and_builds_it_again_speed_keeps_it(
     assert made == [torch.float32] * calls
 
 
-def test_without_a_gradient_to_give_the_backward_pass_builds_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keep", ["memory", "block"])
+def test_without_a_gradient_to_give_the_backward_pass_builds_no_weight_and_none_is_kept(
+    monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
     made = counting(monkeypatch)
+    kept: list[int] = []
     bias = numbers(80).requires_grad_()
-    frozen_linear(numbers(4, 48), base=codes(), basis="hadamard", bias=bias).sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        y = frozen_linear(numbers(4, 48), base=codes(), basis="hadamard", bias=bias, keep=keep)
+    y.sum().backward()
     assert torch.equal(bias.grad, torch.full((80,), 4.0, dtype=torch.float64))
-    assert len(made) == 1
+    assert (len(made), kept) == (1, [])
+
+
+def test_under_checkpointing_block_builds_the_weight_in_both_forward_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, found = codes(48, 48), {}
+    made = counting(monkeypatch)
+    for keep in ("memory", "block"):
+        made.clear()
+        x = numbers(4, 48, dtype=torch.float32).requires_grad_()
+
+        def block(x: Tensor, keep: str = keep) -> Tensor:
+            return frozen_linear(x, base=base, basis="hadamard", bias=None, keep=keep).square()
+
+        checkpoint(block, x, use_reentrant=False).sum().backward()
+        found[keep] = x.grad, len(made)
+    assert torch.equal(found["memory"][0], found["block"][0])
+    assert (found["memory"][1], found["block"][1]) == (3, 2)
+
+
+@pytest.mark.parametrize("keep", ["memory", "block", "speed"])
+def test_checkpointing_changes_no_gradient(keep: str) -> None:
+    base, found = codes(48, 48), []
+
+    def block(x: Tensor) -> Tensor:
+        return frozen_linear(x, base=base, basis="hadamard", bias=None, keep=keep).square()
+
+    for call in (block, lambda x: checkpoint(block, x, use_reentrant=False)):
+        x = numbers(4, 48, dtype=torch.float32).requires_grad_()
+        call(x).sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.codes import Codes
-from qwha_cli.kernels.effective_weight import build_weight, effective_weight
+from qwha_cli.kernels.effective_weight import build_weight, effective_weight, gather_entries
 from qwha_cli.kernels.hadamard import dense
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.spectral_linear import spectral_linear
@@ -47,7 +48,7 @@ class Layer:
 
 def kept(keep: str, layer: Layer, values: torch.Tensor, basis: str) -> torch.Tensor | None:
     """What a caller hands in who keeps the weight."""
-    if keep == "memory":
+    if keep != "speed":
         return None
     return effective_weight(layer.base, values.detach(), PLACES, basis=basis, scale=0.7, dtype=torch.float64)
 
@@ -69,7 +70,7 @@ def test_the_output_is_that_of_the_merged_weight(kind: str, basis: str, shape: t
 # 4 tokens transform the inputs for the values' gradient, 15 the (out, in) product
 @pytest.mark.parametrize(
     ("kind", "basis", "keep", "tokens", "biased"),
-    list(itertools.product(KINDS, BASES, ["memory", "speed"], [4, 15], [True, False])),
+    list(itertools.product(KINDS, BASES, ["memory", "block", "speed"], [4, 15], [True, False])),
 )
 def test_gradients_of_inputs_values_and_bias_are_exact(kind: str, basis: str, keep: str, tokens: int, biased: bool) -> None:
     layer = Layer(kind=kind)
@@ -77,7 +78,7 @@ def test_gradients_of_inputs_values_and_bias_are_exact(kind: str, basis: str, ke
     def apply(x: torch.Tensor, values: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
         weight = kept(keep, layer, values, basis)
         how = {"base": layer.base, "places": PLACES, "basis": basis, "scale": 0.7, "weight": weight}
-        return spectral_linear(x, values, bias=bias[0] if bias else None, **how)
+        return spectral_linear(x, values, bias=bias[0] if bias else None, until_backward=keep == "block", **how)
 
     arguments = (inputs(1, tokens, IN), inputs(6)) + ((inputs(OUT),) if biased else ())
     assert torch.autograd.gradcheck(apply, arguments)
@@ -114,13 +115,13 @@ def test_either_of_inputs_and_values_may_be_without_gradient(basis: str, x_grad:
 
 
 @pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("keep", ["memory", "speed"])
+@pytest.mark.parametrize("keep", ["memory", "block", "speed"])
 def test_checkpointing_changes_no_gradient(basis: str, keep: str) -> None:
     layer = Layer()
 
     def apply(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         how = {"base": layer.base, "places": PLACES, "basis": basis, "scale": 0.7, "weight": kept(keep, layer, values, basis)}
-        return spectral_linear(x, values, bias=None, **how).square()
+        return spectral_linear(x, values, bias=None, until_backward=keep == "block", **how).square()
 
     grads = []
     for call in (
@@ -137,7 +138,10 @@ def test_checkpointing_changes_no_gradient(basis: str, keep: str) -> None:
 
 
 @pytest.mark.parametrize("basis", BASES)
-def test_checkpointing_does_not_compute_the_last_product_of_a_block_again(monkeypatch: pytest.MonkeyPatch, basis: str) -> None:
+@pytest.mark.parametrize("until_backward", [False, True])
+def test_checkpointing_does_not_compute_the_last_product_of_a_block_again(
+    monkeypatch: pytest.MonkeyPatch, basis: str, until_backward: bool
+) -> None:
     layer, x, values = Layer(kind="codes"), inputs(3, IN), inputs(6)
     products = 0
     linear = torch.nn.functional.linear
@@ -148,7 +152,7 @@ def test_checkpointing_does_not_compute_the_last_product_of_a_block_again(monkey
         return linear(*arguments)
 
     def block(x: torch.Tensor) -> torch.Tensor:
-        how = {"base": layer.base, "places": PLACES, "basis": basis, "scale": 1.0, "bias": None}
+        how = {"base": layer.base, "places": PLACES, "basis": basis, "scale": 1.0, "bias": None, "until_backward": until_backward}
         hidden = spectral_linear(x, values, **how)
         return x + torch.nn.functional.pad(spectral_linear(torch.nn.functional.pad(hidden, (0, 2)), values, **how), (0, 2))
 
@@ -159,9 +163,10 @@ def test_checkpointing_does_not_compute_the_last_product_of_a_block_again(monkey
 
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize(
-    ("keep", "x_grad", "calls", "weights"), [("memory", True, 2, 0), ("speed", True, 0, 1), ("memory", False, 1, 0)]
+    ("keep", "x_grad", "calls", "weights"),
+    [("memory", True, 2, 0), ("block", True, 1, 1), ("speed", True, 0, 1), ("memory", False, 1, 0), ("block", False, 1, 0)],
 )
-def test_the_weight_is_built_again_where_it_is_needed_and_one_that_is_handed_in_is_kept(
+def test_the_weight_is_built_again_where_it_is_needed_and_one_that_is_handed_in_or_asked_for_is_kept(
     monkeypatch: pytest.MonkeyPatch, basis: str, keep: str, x_grad: bool, calls: int, weights: int
 ) -> None:
     built: list[torch.dtype] = []
@@ -177,12 +182,64 @@ def test_the_weight_is_built_again_where_it_is_needed_and_one_that_is_handed_in_
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
         z = wht(x)
         only_transform = list(saved)
-        y = spectral_linear(x, values, base=layer.base, places=PLACES, basis=basis, scale=0.7, bias=None, weight=weight)
+        how = {"weight": weight, "until_backward": keep == "block"}
+        y = spectral_linear(x, values, base=layer.base, places=PLACES, basis=basis, scale=0.7, bias=None, **how)
     y.sum().backward()
     assert len(built) == calls
     # the values, the inputs in the codes' basis and what the transform itself keeps, which are its factors
     own = [*(only_transform if basis == "hadamard" else [])]
     assert sorted(saved[len(only_transform) :]) == sorted([*own, 6, z.numel(), *[OUT * IN] * weights])
+
+
+class Weights:
+    """Counts weights as they are built, and those that are still there whenever one is and whenever values get a gradient."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.there: list[StorageWeakRef] = []
+        self.seen: list[tuple[str, int]] = []
+
+        def built(*arguments: Any) -> torch.Tensor:
+            self.look("build")
+            weight = build_weight(*arguments)
+            self.there.append(StorageWeakRef(weight.untyped_storage()))
+            return weight
+
+        def gathered(*arguments: Any, **settings: Any) -> torch.Tensor:
+            self.look("gradient")
+            return gather_entries(*arguments, **settings)
+
+        monkeypatch.setattr("qwha_cli.kernels.spectral_linear.build_weight", built)
+        monkeypatch.setattr("qwha_cli.kernels.spectral_linear.gather_entries", gathered)
+
+    def look(self, what: str) -> None:
+        self.seen.append((what, sum(not one.expired() for one in self.there)))
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_checkpointing_a_block_has_its_weights_from_its_recomputation_to_their_turn(
+    monkeypatch: pytest.MonkeyPatch, basis: str, kind: str
+) -> None:
+    layer, values = Layer(IN, IN, kind=kind), inputs(6)
+    places = Places.from_flat(PLACES.flat_index, shape=(IN, IN))
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        how = {"base": layer.base, "places": places, "basis": basis, "scale": 1.0, "bias": None, "until_backward": True}
+        own = x.tanh()
+        inner = sum(spectral_linear(own, values, **how).sin() for _ in range(2))
+        return x + spectral_linear(inner, values, **how)
+
+    weights, x = Weights(monkeypatch), inputs(3, IN)
+    x = x * 1.0
+    for _ in range(2):
+        x = checkpoint(block, x, use_reentrant=False)
+    assert weights.seen == [("build", 0)] * 6
+    weights.look("between")
+    assert weights.seen.pop() == ("between", 0)
+    weights.seen.clear()
+    x.sum().backward()
+    turns = [("build", 0), ("build", 1), ("build", 2), ("gradient", 2), ("gradient", 1), ("gradient", 0)]
+    assert weights.seen == turns * 2
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -266,7 +323,7 @@ def test_shapes_and_choices_that_do_not_fit_are_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("keep", ["memory", "speed"])
+@pytest.mark.parametrize("keep", ["memory", "block", "speed"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_triton_trains_as_torch_does(basis: str, keep: str, bits: int) -> None:
     packed = run_quantizer(gaussian(192, 320), None, options("rtn", bits, 64, zeros="fine"))
@@ -283,7 +340,7 @@ def test_triton_trains_as_torch_does(basis: str, keep: str, bits: int) -> None:
         if keep == "speed":
             how_built = {name: how[name] for name in ("basis", "scale", "backend")}
             weight = effective_weight(codes, values, places, dtype=dtype, **how_built)
-        y = spectral_linear(own, entries, bias=None, weight=weight, **how)
+        y = spectral_linear(own, entries, bias=None, weight=weight, until_backward=keep == "block", **how)
         y.backward(dy.to(dtype))
         assert entries.grad is not None
         assert entries.grad.dtype == torch.float32

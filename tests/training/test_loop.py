@@ -163,6 +163,19 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> No
     assert not any(getattr(module, "gradient_checkpointing", False) for module in recomputed.modules())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_wants_a_gradient_below_the_first_adapter(tmp_path: Path, checkpointing: bool) -> None:
+    model = adapted()
+    wanted: list[bool] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: wanted.append(output.requires_grad))
+    model.get_submodule("base_model.model.model.layers.0").register_forward_pre_hook(
+        lambda module, args: wanted.append(args[0].requires_grad)
+    )
+    fit(tmp_path, model, checkpointing=checkpointing, steps=1, validate_every=None)
+    assert wanted
+    assert not any(wanted)
+
+
 def test_bf16_trains_values_that_stay_float32(tmp_path: Path) -> None:
     model, result = fit(tmp_path, data=examples(4), steps=20, precision="bf16")
     assert result.precision == "bf16"

@@ -127,7 +127,7 @@ def losses(tmp: Path, launch: str, keep: str, *, checkpointing: bool, packing: b
 
 @needs_cuda
 @pytest.mark.gpu
-@pytest.mark.parametrize("keep", ["memory", "speed"])
+@pytest.mark.parametrize("keep", ["memory", "block", "speed"])
 @pytest.mark.parametrize(("checkpointing", "packing"), [(True, False), (False, True)])
 def test_training_with_recorded_passes_is_training_without(tmp_path: Path, keep: str, checkpointing: bool, packing: bool) -> None:
     how = {"checkpointing": checkpointing, "packing": packing}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from qwha_cli.adapters.build import add_adapter, load_adapter, save_adapter
+from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.spectral.config import Store
 from qwha_cli.data.example import prompt_and_response
 from qwha_cli.data.tokenize import encode
@@ -172,6 +174,21 @@ def test_memory_and_speed_settings_train_the_same_values(tmp_path: Path) -> None
     fit(recomputed, tmp_path / "b", steps=5, checkpointing=True, batch_size=2, accumulation=2)
     for name, tensor in values(plain).items():
         torch.testing.assert_close(values(recomputed)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [adapted, adapted_low_rank])
+@pytest.mark.parametrize("basis", ["weight", "hadamard"])
+def test_whatever_is_kept_of_dense_weights_trains_the_very_same_values(
+    tmp_path: Path, basis: Basis, kind: Callable[[Path], PeftModel]
+) -> None:
+    base = quantized(tmp_path / "base", basis)
+    found = []
+    for keep in ("memory", "block", "speed"):
+        model = kind(base)
+        set_keep(model, keep)
+        fit(model, tmp_path / keep, steps=3, checkpointing=True, accumulation=2)
+        found.append(values(model))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in found[0].items() for other in found[1:])
 
 
 def test_bf16_follows_the_float32_curve(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         base_layer: The layer to adapt; it is kept as it is, bias included.
 
     Attributes:
-        keep: Whether every pass computes the dense weight again ("memory") or finds it kept until values change ("speed").
+        keep: Whether every pass computes the dense weight again ("memory"), the backward pass finds that of the last forward
+            pass ("block": with checkpointing, of a block's recomputation; without, of all layers), or all passes find it kept
+            until values change ("speed").
         backend: Which implementation of the kernels the layer asks for.
         merge_dtype: Of the dense weight that a quantized layer makes way for when adapters are merged.
 

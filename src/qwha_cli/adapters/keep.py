@@ -1,11 +1,16 @@
-"""Dense weights from one optimizer step to the next: made for each pass, or kept, and which of them a device has room for.
+"""How long dense weights stay: for a pass, for a block's recomputation and backward pass, or until the next optimizer step.
 
-In memory a kept weight is as large as an unquantized layer; in time it saves making it three times a step with recomputed
-activations, and once more for every further forward under accumulation. The result is the same.
+    memory   made for each pass, three times a forward with recomputed activations and twice without
+    block    made twice, with recomputed activations: the backward pass of a block finds those of its recomputation
+    speed    made once an optimizer step, however many forwards it has
+
+In memory a kept weight is as large as an unquantized layer: with `block` there are one block's at a time, with `speed` all. The
+result is the same. Which of them a device has room for is decided here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +31,7 @@ class KeepChoice:
     """What was chosen, and why.
 
     Attributes:
-        keep: Whether passes compute dense weights again, or keep them.
+        keep: How long dense weights stay.
         reason: One sentence for the run's notes.
     """
 
@@ -34,39 +39,60 @@ class KeepChoice:
     reason: str
 
 
-def choose_keep(requested: Literal["auto"] | Keep, model: nn.Module, *, dtype: torch.dtype, device: torch.device) -> KeepChoice:
-    """Decide whether dense weights are kept from one optimizer step to the next.
+def choose_keep(
+    requested: Literal["auto"] | Keep,
+    model: nn.Module,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    recomputed: Sequence[nn.Module] = (),
+) -> KeepChoice:
+    """Decide how long dense weights stay.
 
     Args:
-        requested: What the recipe says; `auto` keeps them on a CUDA device where they take a quarter of what is free at most, so
-            that the rest is left for activations.
+        requested: What the recipe says; `auto` takes the longest for which they need a quarter of what is free on a CUDA device
+            at most, so that the rest is left for activations.
         model: With packed linear layers, already on the device.
         dtype: In which the layers will compute.
         device: Where.
+        recomputed: The modules whose activations are computed again in the backward pass, one module at a time; none without
+            checkpointing, and then `block` is `memory`: all their weights would stay until the backward pass.
     """
+    if requested == "block" and not recomputed:
+        return KeepChoice(
+            "memory", "dense weights are made for each pass: train.keep block is memory without train.checkpointing"
+        )
     if requested != "auto":
         return KeepChoice(requested, f"train.keep {requested}, as the recipe asks")
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    dense = sum(layer.out_features * layer.in_features for layer in layers) * dtype.itemsize
     if device.type != "cuda":
         return KeepChoice("memory", f"dense weights are made for each pass: what is free on {device.type} is not known")
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
+    dense = _dense_bytes(model, dtype)
     sizes = f"{dense / 2**30:.1f} GiB of them, {free / 2**30:.1f} GiB free"
     if dense * _KEPT_SHARE <= free:
         return KeepChoice("speed", f"dense weights are kept until the next optimizer step: {sizes}")
+    block = max((_dense_bytes(module, dtype) for module in recomputed), default=0)
+    if recomputed and block * _KEPT_SHARE <= free:
+        sizes = f"{sizes}, and {block / 2**30:.2f} GiB are a block's"
+        return KeepChoice("block", f"dense weights are kept from a block's recomputation to its backward pass: {sizes}")
     return KeepChoice("memory", f"dense weights are made for each pass: {sizes}")
 
 
-def set_keep(model: nn.Module, keep: Keep) -> None:
-    """Choose for all layers whether passes compute dense weights again ("memory") or keep them until values change ("speed").
+def _dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sum(layer.out_features * layer.in_features for layer in layers) * dtype.itemsize
 
-    Beside a LoRA, and without an adapter, it is the base's own dense weight that is kept.
+
+def set_keep(model: nn.Module, keep: Keep) -> None:
+    """Choose for all layers how long dense weights stay; "block" is meant for a model under checkpointing.
+
+    Beside a LoRA, and without an adapter, "speed" keeps the base's own dense weight.
     """
     layers = adapted_layers(model).values()
     for layer in layers:
         layer.keep = keep
-        if keep == "memory":
+        if keep != "speed":
             layer.forget_kept()
     with_sum = {id(layer.base_layer) for layer in layers if isinstance(layer, SpectralLinear)}
     for module in model.modules():

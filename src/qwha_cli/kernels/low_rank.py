@@ -4,7 +4,8 @@
 
 `LowRank` passes between initializers, adapters and stages as SparseRows does for the sparse adapter. `frozen_linear` is the first
 part: autograd would keep the dense weight of every layer for the backward pass, as much memory as the unquantized model has, so
-with keep="memory" it is built again from the base. The second part is two ordinary products, which autograd differentiates.
+with keep="memory" it is built again from the base. With keep="block" the backward pass finds that of the last forward pass, which
+checkpointing makes the recomputation's. The second part is two ordinary products, which autograd differentiates.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         weight = dense_base(base, z.dtype, backend=backend)
         ctx.base, ctx.dtype, ctx.backend = base, z.dtype, backend
-        ctx.save_for_backward(*((weight,) if keep == "speed" else ()))
+        ctx.save_for_backward(*((weight,) if keep != "memory" and ctx.needs_input_grad[0] else ()))
         return torch.nn.functional.linear(z, weight, bias)
 
     @staticmethod
@@ -121,11 +122,13 @@ class _FrozenLinear(torch.autograd.Function):
         *grad_outputs: Tensor,
     ) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
+        # read once: checkpointing gives what it has computed again a single time
+        saved = ctx.saved_tensors
         dz = dbias = None
         # a caller may run the backward pass inside autocast too
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dz = dy @ (ctx.saved_tensors[0] if ctx.saved_tensors else dense_base(ctx.base, ctx.dtype, backend=ctx.backend))
+                dz = dy @ (saved[0] if saved else dense_base(ctx.base, ctx.dtype, backend=ctx.backend))
             if ctx.needs_input_grad[1]:
                 dbias = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
         return dz, dbias, None, None, None

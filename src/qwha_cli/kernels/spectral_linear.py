@@ -6,14 +6,15 @@
 The values' gradient is dF read at F's places. The dense effective weight W of every layer kept alive for the backward pass would
 cost as much as the unquantized model, so the backward pass builds it again from the base, and only where inputs want a gradient;
 a caller who has it already hands it in, and it is used twice. The base gets no gradient. z is made by a differentiable
-operation before, so that layers with the same input can share it. Paper §3.1; the weight-side form costs one product of the
+operation before, so that layers with the same input can share it: each hands it on to the next, and in the backward pass adds
+its dz, within the product, to what the layers after it have found. Paper §3.1; the weight-side form costs one product of the
 tokens, not two.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -24,10 +25,13 @@ from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.effective_weight import Basis, Transform, build_weight, check_shapes, gather_entries, transform_backend
 from qwha_cli.kernels.places import Places
-from qwha_cli.kernels.shared_wht import shared_wht
+from qwha_cli.kernels.shared_wht import hand_on, shared_wht
 from qwha_cli.kernels.wht import wht
 
-Keep = Literal["memory", "speed"]
+Keep = Literal["memory", "block", "speed"]
+
+# on a gradient that nobody but the function that it is on its way to can see
+_OURS = "_qwha_ours"
 
 
 def spectral_linear(
@@ -42,6 +46,7 @@ def spectral_linear(
     transform: Transform = "wht",
     backend: Requested = "auto",
     weight: Tensor | None = None,
+    until_backward: bool = False,
 ) -> Tensor:
     """Apply the adapted layer.
 
@@ -56,7 +61,10 @@ def spectral_linear(
         transform: `identity` puts F into the weight domain itself; only for basis "weight".
         backend: Which implementation builds the weight.
         weight: The effective weight (out, in) in the base's basis and the dtype of the computation, where the caller has it and
-            keeps it; None to build it in each pass and keep nothing dense.
+            keeps it; None to build it here.
+        until_backward: Whether a weight that is built here, where inputs want a gradient, is saved for the backward pass instead
+            of being built again there. Meant for checkpointing, which drops it at once in the first forward pass, so that only
+            the weights of the block whose turn it is are there.
 
     Returns:
         (..., out), computed in the autocast dtype where autocast is on for x's device, else in x's dtype.
@@ -73,8 +81,13 @@ def spectral_linear(
     bias = bias.to(dtype) if bias is not None else None
     with torch.autocast(x.device.type, enabled=False):
         z = basis_input(x, dtype, basis=basis, backend=backend)
-        how = _How(base, places, scale, basis == "hadamard" or transform == "identity", backend)
-        promise: Tensor = _Gradients.apply(z, values, bias, weight, how)
+        how = _How(base, places, scale, basis == "hadamard" or transform == "identity", backend, shared=basis == "hadamard")
+        if weight is None and until_backward and z.requires_grad:
+            with torch.no_grad():
+                weight = how.weight(values, dtype)
+        promise, passed = cast("tuple[Tensor, Tensor | None]", _Gradients.apply(z, values, bias, weight, how))
+        if passed is not None:
+            hand_on(x, z, passed)
         result: Tensor = _Product.apply(promise, z, values, bias, weight, how)
     return result
 
@@ -101,6 +114,7 @@ class _How:
     scale: float
     plain: bool
     backend: Requested
+    shared: bool
 
     def weight(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         return build_weight(self.base, values, self.places, dtype, self.scale, self.plain, self.backend)
@@ -109,25 +123,45 @@ class _How:
 class _Gradients(torch.autograd.Function):
     """All of the layer's backward pass; forward computes nothing and returns a promise of y, an empty tensor of its shape.
 
+    It also passes on a shared z, the same numbers under another name, for the next layer with this input. So the backward pass
+    gives this function the sum of what all later layers want of z, and dz is added to that in the product itself; if each gave
+    its own dz to z, autograd would write them all and add them in kernels of its own.
+
     Checkpointing computes a block again until it has met the last tensor that was saved. This function saves all that the layer
-    needs before the product runs, so that the block's last product, the widest of all, is not computed a second time for nothing.
+    needs before the product runs, and nothing is saved after it, so that the block's last product, the widest of all, is not
+    computed a second time for nothing. A weight that is saved is built before, and so is there when the block's last layer ends
+    the recomputation.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, values: Tensor, bias: Tensor | None, weight: Tensor | None, how: _How) -> Tensor:  # noqa: ANN401
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        z: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        how: _How,
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.how = how
+        # None instead of zeros for a y, or a z that was passed on, that nobody used
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(values, z, weight)
-        return z.new_empty(()).expand(*z.shape[:-1], how.places.shape[0])
+        promise = z.new_empty(()).expand(*z.shape[:-1], how.places.shape[0])
+        return promise, z.detach() if how.shared and ctx.needs_input_grad[0] else None
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the parameter names
         ctx: Any,  # noqa: ANN401
-        *grad_outputs: Tensor,
+        *grad_outputs: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
+        dy, passed = grad_outputs
+        if dy is None:
+            # what was saved stays untouched: it is gone if only a layer that came later is differentiated a second time
+            return passed, None, None, None, None
         # a caller may run the backward pass inside autocast too
-        with torch.autocast(grad_outputs[0].device.type, enabled=False):
-            return *_gradients(ctx, grad_outputs[0]), None, None
+        with torch.autocast(dy.device.type, enabled=False):
+            return *_gradients(ctx, dy, passed), None, None
 
 
 class _Product(torch.autograd.Function):
@@ -151,8 +185,8 @@ class _Product(torch.autograd.Function):
         return grad_outputs[0], None, None, None, None, None
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # noqa: ANN401
-    """Gradients of z, values and bias, each None when not needed."""
+def _gradients(ctx: Any, dy: Tensor, passed: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # noqa: ANN401
+    """Gradients of z, values and bias, each None when not needed; that of z with what came for the z that was passed on."""
     values, z, weight = ctx.saved_tensors
     how: _How = ctx.how
     dz = dvalues = dbias = None
@@ -160,15 +194,35 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
     if ctx.needs_input_grad[0]:
         if weight is None:
             weight = how.weight(values, z.dtype)
-        dz = dy @ weight
-        # freed before the values' gradient, which is as large
-        del weight
+        dz = _added_product(passed, dy, weight)
+        if how.shared:
+            setattr(dz, _OURS, True)
+    # freed before the values' gradient, which is as large
+    del weight
     if ctx.needs_input_grad[1]:
         spectrum = _spectrum_gradient(rows, z.reshape(-1, z.shape[-1]), plain=how.plain, backend=transform_backend(how.backend))
         dvalues = gather_entries(spectrum, how.places, scale=how.scale, backend=how.backend).to(values.dtype)
     if ctx.needs_input_grad[2]:
         dbias = rows.sum(dim=0)
     return dz, dvalues, dbias
+
+
+def _added_product(passed: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
+    """The product dy W (..., in), plus what later layers have found for the same z, written over theirs if that is ours alone.
+
+    The mark says so: `_gradients` puts it on what it returns for a shared z, which goes to the transform or to the layer before
+    and nowhere else, since nobody has such a z but them. Autograd hands that very tensor on, adds to it in place where it alone
+    has it, or makes another one, without the mark. Attributes of tensors outlive their way through autograd; if one day they do
+    not, this costs a copy.
+    """
+    if passed is None:
+        return dy @ weight
+    rows = dy.reshape(-1, dy.shape[-1])
+    # autograd has seen to shape and dtype
+    if getattr(passed, _OURS, False) and passed.is_contiguous():
+        passed.view(-1, passed.shape[-1]).addmm_(rows, weight)
+        return passed
+    return torch.addmm(passed.reshape(-1, passed.shape[-1]), rows, weight).view(passed.shape)
 
 
 def _spectrum_gradient(dy: Tensor, z: Tensor, *, plain: bool, backend: Requested) -> Tensor:

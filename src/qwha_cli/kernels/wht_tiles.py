@@ -78,6 +78,25 @@ _MEASURED = {
     18944: Tiles(148, 1, 128, 32, warps=8),
 }
 
+FusedOp = Literal["norm", "norm of a sum", "norm, backward", "gate", "gate, backward"]
+# what is done in the transform's pass besides: programs read several tensors, or write two (an H200; bench_fused_wht.py tune)
+_MEASURED_FUSED: dict[tuple[FusedOp, int], Tiles] = {
+    ("norm", 3072): Tiles(48, 1, 64, 64, programs=528),
+    ("norm", 4096): Tiles(64, 1, 64, 64, programs=528),
+    ("norm of a sum", 3072): Tiles(12, 1, 256, 16, way="exchange"),
+    ("norm of a sum", 4096): Tiles(16, 1, 256, 16, way="exchange"),
+    ("norm, backward", 3072): Tiles(12, 1, 256, 16, way="exchange", rows=2),
+    ("norm, backward", 4096): Tiles(16, 4, 64, 16, rows=2),
+    ("gate", 4864): Tiles(76, 1, 64, 128, warps=8, programs=528),
+    ("gate", 8192): Tiles(64, 2, 64, 64, programs=528),
+    ("gate", 9728): Tiles(76, 2, 64, 128),
+    ("gate", 14336): Tiles(28, 2, 256, 32, way="exchange", warps=16),
+    ("gate, backward", 4864): Tiles(76, 1, 64, 128, rows=2, warps=8),
+    ("gate, backward", 8192): Tiles(32, 4, 64, 32, rows=2),
+    ("gate, backward", 9728): Tiles(76, 2, 64, 128),
+    ("gate, backward", 14336): Tiles(56, 4, 64, 64),
+}
+
 
 @lru_cache(maxsize=1024)
 def unfit(size: int, dtype: torch.dtype) -> str | None:
@@ -112,6 +131,21 @@ def tiles_for(size: int) -> Tiles:
     chosen = plan(size)
     wide = _cut(chosen.base, chosen.log2, 64)
     return wide if wide.held <= _LARGEST_WIDE_PROGRAM else _cut(chosen.base, chosen.log2, 32)
+
+
+def fused_tiles_for(op: FusedOp, size: int) -> Tiles:
+    """The cut of a transform that does more in its pass than transform: see fused_wht.py."""
+    return _MEASURED_FUSED.get((op, size)) or tiles_for(size)
+
+
+def gate_pays(size: int) -> bool:
+    """Whether a gated activation of this many numbers is faster in the transform's pass than apart.
+
+    It is not where a row takes several products with A: they need the registers that its other two tensors have to lie in.
+    """
+    if unfit(size, torch.bfloat16) is not None:
+        return False
+    return ("gate", size) in _MEASURED_FUSED or tiles_for(size).padded == tiles_for(size).chunk
 
 
 def _cut(base: int, log2: int, largest_outer: int) -> Tiles:

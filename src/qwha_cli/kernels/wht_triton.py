@@ -31,8 +31,8 @@ def wht(x: Tensor, add: Tensor | None, *, transpose: bool, tiles: Tiles) -> Tens
     if not x.numel():
         return out
     rows = x.numel() // tiles.block
-    operand = _operand(x.dtype)
-    left, right = _matrices(tiles, operand, x.device, transpose)
+    operand = operand_dtype(x.dtype)
+    left, right = matrices(tiles, operand, x.device, transpose)
     # a power of two halfway keeps float16 in range; the others have range enough
     middle = 2.0 ** -((tiles.tiles * tiles.inner).bit_length() // 2) if x.dtype == torch.float16 and tiles.outer > 1 else 1.0
     groups = -(-rows // tiles.rows)
@@ -46,7 +46,7 @@ def wht(x: Tensor, add: Tensor | None, *, transpose: bool, tiles: Tiles) -> Tens
     return out
 
 
-def _operand(dtype: torch.dtype) -> torch.dtype:
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of what the products multiply."""
     # Triton's interpreter, where tests run, multiplies the bit patterns of bfloat16 as integers
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -55,7 +55,7 @@ def _operand(dtype: torch.dtype) -> torch.dtype:
 
 
 @lru_cache(maxsize=128)
-def _matrices(tiles: Tiles, dtype: torch.dtype, device: torch.device, transpose: bool) -> tuple[Tensor, Tensor]:
+def matrices(tiles: Tiles, dtype: torch.dtype, device: torch.device, transpose: bool) -> tuple[Tensor, Tensor]:
     """What multiplies from the left, padded with zeros to whole chunks, and S_q; entries ±1."""
     base = base_matrix(plan(tiles.block).base)
     with torch.inference_mode(False):
@@ -98,17 +98,48 @@ def _between(tiles, COUNT: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _inner(x_ptr, right, at, mask, TILES: tl.constexpr, INNER: tl.constexpr, DOT: tl.constexpr):
-    """A chunk's tiles, loaded and transformed over q and t, in float32."""
+def inner(tiles, right, TILES: tl.constexpr, INNER: tl.constexpr, DOT: tl.constexpr):
+    """A chunk's tiles transformed over q and t, in float32."""
     done = ()
     for t in tl.static_range(TILES):
-        tile = tl.load(x_ptr + at + t * INNER, mask=mask, other=0.0)
         if DOT:
-            tile = tl.dot(tile.to(right.dtype), right)
+            done += (tl.dot(tiles[t].to(right.dtype), right),)
         else:
-            tile = _exchange(tile.to(tl.float32), INNER)
-        done += (tile,)
+            done += (_exchange(tiles[t].to(tl.float32), INNER),)
     return _between(done, TILES, 1)
+
+
+@triton.jit
+def as_operands(
+    done, left, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    OUTER: tl.constexpr, MIDDLE: tl.constexpr,
+):  # fmt: skip
+    """What `inner` made of a chunk, rounded and in the shape in which the product over a reads it."""
+    parts = ()
+    for t in tl.static_range(TILES):
+        if OUTER > 1:
+            scaled = done[t] * MIDDLE if MIDDLE != 1 else done[t]
+            parts += (tl.reshape(scaled.to(left.dtype), [CHUNK, ROWS * INNER]),)
+        else:
+            parts += (done[t],)
+    return parts
+
+
+@triton.jit
+def outer(
+    parts, left, left_ptr, corner, c: tl.constexpr, t: tl.constexpr,
+    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tile t of chunk c of a program's result, float32 (CHUNK · ROWS, INNER), from the operands of all its chunks."""
+    chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
+    result = parts[c * TILES + t]
+    if OUTER > 1:
+        result = tl.zeros([CHUNK, ROWS * INNER], tl.float32)
+        for k in tl.static_range(chunks):
+            piece = left if chunks == 1 else tl.load(left_ptr + (c * chunks * CHUNK + k) * CHUNK + corner)
+            result = tl.dot(piece, parts[k * TILES + t], result)
+        result = tl.reshape(result, [CHUNK * ROWS, INNER])
+    return result
 
 
 # a single row, or sixteen, is no reason to compile again
@@ -121,7 +152,6 @@ def _transform(
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    operand: tl.constexpr = left_ptr.dtype.element_ty
     # the rows of a tile are (a, row): so the reshape before the product over a moves nothing
     a = tl.arange(0, CHUNK * ROWS) // ROWS
     row = tl.arange(0, CHUNK * ROWS) % ROWS
@@ -139,24 +169,14 @@ def _transform(
         for c in tl.static_range(chunks):
             at = start + c * (CHUNK * TILES * INNER) + place
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
-            done = _inner(x_ptr, right, at, mask, TILES, INNER, DOT)
+            tiles = ()
             for t in tl.static_range(TILES):
-                if OUTER > 1:
-                    scaled = done[t] * MIDDLE if MIDDLE != 1 else done[t]
-                    parts += (tl.reshape(scaled.to(operand), [CHUNK, ROWS * INNER]),)
-                else:
-                    parts += (done[t],)
+                tiles += (tl.load(x_ptr + at + t * INNER, mask=mask, other=0.0),)
+            parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, MIDDLE)
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             for t in tl.static_range(TILES):
-                result = parts[t]
-                if OUTER > 1:
-                    result = tl.zeros([CHUNK, ROWS * INNER], tl.float32)
-                    for k in tl.static_range(chunks):
-                        piece = left if chunks == 1 else tl.load(left_ptr + (c * chunks * CHUNK + k) * CHUNK + corner)
-                        result = tl.dot(piece, parts[k * TILES + t], result)
-                    result = tl.reshape(result, [CHUNK * ROWS, INNER])
-                result *= last
+                result = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * last
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
                 if ADD:
                     result += tl.load(add_ptr + at, mask=mask, other=0.0).to(tl.float32)

@@ -104,10 +104,11 @@ class TrainSection(Section):
     ] = "auto"
     checkpointing: Annotated[bool, Field(description="Recompute activations in the backward: less memory, more time.")] = False
     keep: Annotated[
-        Literal["auto", "memory", "speed"],
+        Literal["auto", "memory", "block", "speed"],
         Field(
-            description="`memory` makes dense weights again for each pass, `speed` keeps them for an optimizer step; "
-            "`auto` keeps them where a GPU has four times the room. Same result."
+            description="`memory` makes dense weights again for each pass, `block` keeps those of a recomputed block for its "
+            "backward (without `checkpointing` it is `memory`), `speed` keeps all for an optimizer step; `auto` takes the last "
+            "of them for which a GPU has four times the room. Same result."
         ),
     ] = "auto"
     save_every: Annotated[Count, Field(description="Optimizer steps between checkpoints.")] = 50

@@ -21,6 +21,7 @@ from qwha_cli.data.tokenize import Encoded, encode
 from qwha_cli.errors import DataError
 from qwha_cli.kernels.spectral_linear import Keep
 from qwha_cli.models.load import load_tokenizer
+from qwha_cli.models.targets import decoder_blocks
 from qwha_cli.quant.checkpoint import load_base
 from qwha_cli.recipe.schema import Recipe
 from qwha_cli.recipe.train_section import AnswersSection, TrainDataSection
@@ -50,9 +51,12 @@ def run(context: StageContext) -> dict[str, object]:
         model.to(context.device)
     device = shard or context.device
     dtype = choose_precision(settings.precision, device=device).autocast or context.dtype
-    kept_weights = choose_keep(_keep(context, shard=shard), model, dtype=dtype, device=device)
+    # a split base is recomputed whatever the recipe says
+    blocks = [block for _, block in decoder_blocks(model)] if settings.checkpointing or shard is not None else []
+    asked = _keep(context, shard=shard)
+    kept_weights = choose_keep(asked, model, dtype=dtype, device=device, recomputed=blocks)
     set_keep(model, kept_weights.keep)
-    if device.type == "cuda":
+    if device.type == "cuda" or asked not in ("auto", kept_weights.keep):
         context.note(kept_weights.reason)
     for sentence in set_backend(model, settings.backend, dtype=dtype, device=device):
         context.note(sentence)

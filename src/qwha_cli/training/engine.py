@@ -19,6 +19,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qwha_cli.adapters.fused_blocks import FusedChoice, choose_fused_blocks, fused_blocks
 from qwha_cli.adapters.keep import renew_kept
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.flatten import FlatShape, equal_length, flat_batch
@@ -81,6 +82,7 @@ class Engine:
         base = causal_model(model)
         self.kernels = choose_kernels(settings.kernels, model=base, device=self.device)
         dtype = self.precision.autocast or base.dtype
+        self.fused: FusedChoice = choose_fused_blocks(base, wanted=settings.kernels != "torch", device=self.device, dtype=dtype)
         self.attention = choose_attention(settings.attention, model=base, device=self.device, dtype=dtype)
         self.launch: LaunchChoice = choose_launch(
             settings.launch,
@@ -107,7 +109,7 @@ class Engine:
             # three sentences that a GPU is missing would hide the one that says something
             others = f"transformers' own layers, padded batches and single kernels, as always on {self.device.type}"
             return self.precision.reason, others
-        return self.precision.reason, self.kernels.reason, self.attention.reason, self.launch.reason
+        return self.precision.reason, self.kernels.reason, self.fused.reason, self.attention.reason, self.launch.reason
 
     @contextlib.contextmanager
     def training(self) -> Generator[None]:
@@ -120,6 +122,8 @@ class Engine:
             # the re-entrant form would need a gradient on the frozen embeddings' output
             how = {"use_reentrant": False, "preserve_rng_state": draws_at_random(base)}
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # pyright: ignore
+            # transformers makes that gradient wanted nevertheless, and the first block computes it for nobody
+            base.disable_input_require_grads()  # pyright: ignore
         self.model.train()
         if self.launch.graph:
             self._gradients = FlatGradients(self.parameters.values())
@@ -129,6 +133,8 @@ class Engine:
         try:
             with contextlib.ExitStack() as stack:
                 self._head = stack.enter_context(fused_head(base)) if self.kernels.loss else None
+                if self.fused.fused:
+                    stack.enter_context(fused_blocks(base))
                 if self.flat is not None:
                     stack.enter_context(varlen_attention(base))
                 stack.enter_context(torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []))

@@ -211,7 +211,13 @@ class SpectralLinear(AdaptedLinear):
             transform=transform,
             backend=self.backend,
             weight=self._kept(names, transform, dtype) if self.keep == "speed" else None,
+            until_backward=self.keep == "block",
         )
+
+    def reads_transform(self) -> bool:
+        """Whether `forward` reads nothing of its input but its shared transform, as things are now, by kernels of any kind."""
+        names = () if self.merged or self.backend == "torch" else self._in_use()
+        return bool(names) and self.basis == "hadamard" and all(self.qwha_transform[name] == "wht" for name in names)
 
     def _kept(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
         """The dense weight, made once for all forward and backward passes until an optimizer moves the values."""

@@ -1,0 +1,139 @@
+"""Decoder blocks whose norms and gated activation are done in the pass over memory that transforms their result.
+
+Between a norm and q, k and v, and between a norm and gate and up, lies a tensor that in the Hadamard basis only the transform
+reads; so does what gate and up make for down. kernels/fused_wht.py makes the transform without it. In a block of the usual form,
+
+    h = x + attention(norm(x)),    y = h + mlp(norm'(h)),    mlp(u) = down(silu(gate(u)) ⊙ up(u)),
+
+the first sum, and the additions of gradients at both sums, are done in the same passes. The projections get a stand-in for their
+input, whose transform is known. A block is switched for the time of a training; where a projection reads its input itself, as
+without adapters, merged or in another basis, it computes as its architecture says, and an
+activation whose size makes one pass slower than two is left to whoever does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qwha_cli.adapters.spectral.layer import SpectralLinear
+from qwha_cli.kernels.fused_wht import choose_fused, gate_wht, norm_wht
+from qwha_cli.kernels.shared_wht import stand_in
+from qwha_cli.kernels.spectral_linear import computing_dtype
+from qwha_cli.kernels.wht_tiles import gate_pays
+
+# architectures whose block is of the form above, with a norm that multiplies by its weight and adds nothing to it
+_KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+
+@dataclass(frozen=True)
+class FusedChoice:
+    """What was chosen, and why.
+
+    Attributes:
+        fused: Whether blocks are switched.
+        reason: One sentence for the run's notes.
+    """
+
+    fused: bool
+    reason: str
+
+
+def choose_fused_blocks(model: nn.Module, *, wanted: bool, device: torch.device, dtype: torch.dtype) -> FusedChoice:
+    """Decide whether a model's blocks are switched.
+
+    Args:
+        model: A causal language model of transformers, not wrapped, with its adapters.
+        wanted: Whether the recipe leaves it to us.
+        device: Where it will be trained.
+        dtype: In which the adapted layers compute.
+    """
+    if not wanted:
+        return FusedChoice(False, "norms and transforms apart, as the recipe asks")
+    obstacle = _obstacle(model, device=device, dtype=dtype)
+    if obstacle is not None:
+        return FusedChoice(False, f"norms and transforms apart: {obstacle}")
+    return FusedChoice(True, "norms and activations in the passes that transform them")
+
+
+def _obstacle(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> str | None:
+    blocks = _blocks(model)
+    if not blocks:
+        return f"the blocks of {type(model).__name__} are not known"
+    if not any(_Block(block).fits() for block in blocks):
+        return "no block has adapters on all its projections, in the Hadamard basis"
+    choice = choose_fused("auto", size=cast(Any, model).config.hidden_size, dtype=dtype, device=device)
+    return None if choice.name == "triton" else choice.reason
+
+
+@contextlib.contextmanager
+def fused_blocks(model: PreTrainedModel) -> Generator[None]:
+    """Switch all blocks of a model for the time of the block, and exactly back after.
+
+    Args:
+        model: A causal language model of transformers, not wrapped, with its adapters. Blocks of which it knows nothing stay.
+    """
+    switched = _blocks(model)
+    before = [vars(block).get("forward") for block in switched]
+    try:
+        for block in switched:
+            cast(Any, block).forward = _Block(block)
+        yield
+    finally:
+        for block, forward in zip(switched, before, strict=True):
+            del cast(Any, block).forward
+            if forward is not None:
+                cast(Any, block).forward = forward
+
+
+class _Block:
+    """The forward of a decoder block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        parts = cast(Any, block)
+        self.own: Callable[..., Tensor] = parts.forward
+        self.attention, self.mlp = parts.self_attn, parts.mlp
+        self.norms = (parts.input_layernorm, parts.post_attention_layernorm)
+        self.readers = [getattr(self.attention, f"{name}_proj") for name in "qkv"]
+        self.readers += [self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj]
+
+    def fits(self) -> bool:
+        """Whether all projections read transforms only, and nothing else that would be left out wants a gradient."""
+        if any(norm.weight.requires_grad for norm in self.norms):
+            return False
+        return all(isinstance(reader, SpectralLinear) and reader.reads_transform() for reader in self.readers)
+
+    def __call__(self, hidden_states: Tensor, **others: Any) -> Tensor:  # noqa: ANN401
+        # asked each time: adapters can be switched off between two forwards
+        if not self.fits():
+            return self.own(hidden_states, **others)
+        read, x = self._normed(0, hidden_states, None)
+        attended, _ = self.attention(hidden_states=read, **others)
+        read, h = self._normed(1, x, attended)
+        if not gate_pays(self.mlp.down_proj.in_features):
+            return h + self.mlp(read)
+        gate, up = self.mlp.gate_proj(read), self.mlp.up_proj(read)
+        # the norm's result is not needed while the widest tensors of the block are made
+        del read
+        down = self.mlp.down_proj(stand_in(gate_wht(gate, up, dtype=computing_dtype(gate)), gate.dtype))
+        return h + down
+
+    def _normed(self, which: int, x: Tensor, add: Tensor | None) -> tuple[Tensor, Tensor]:
+        norm = self.norms[which]
+        add = None if add is None else add.to(x.dtype)
+        z, h = norm_wht(x, norm.weight, eps=norm.variance_epsilon, dtype=computing_dtype(x), add=add)
+        return stand_in(z, x.dtype), h
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in _KNOWN or getattr(config, "hidden_act", None) != "silu":
+        return []
+    assert isinstance(model, PreTrainedModel)
+    return list(cast(Any, model).get_decoder().layers)
