@@ -1,17 +1,20 @@
 """Tokens a second of generation with one sequence: a dense bfloat16 model and packed codes with adapters, in the same loop.
 
-    python benchmarks/bench_decode.py --shape llama-3.2-3b --out decode.jsonl
+    python benchmarks/bench_decode.py --shape llama-3.2-3b --embedding-bits 16,8 --out decode.jsonl
     python benchmarks/bench_decode.py --shape tiny-llama --device cpu --group 16 --rank 2 --prompt 6 --new 8
 
-Weights and codes are random: speed and memory do not depend on them. The loop is greedy, on a static cache, and never waits for
-the device between tokens; a step is launched from Python, or replayed as a CUDA graph, which must give the same tokens. `ms` and
-`tokens_s` are of the new tokens without the prompt; `gib` is the most memory that generation took, model and cache included.
+Weights and codes are random: speed and memory do not depend on them. Adapters are as the product loads them for generation:
+frozen, values in bfloat16. With --embedding-bits 8 embedding and head are codes too. The loop is greedy, on a static cache, and
+never waits for the device between tokens; a step is launched from Python, or replayed as a CUDA graph, which must give the same
+tokens. `ms` and `tokens_s` are of the new tokens without the prompt; `gib` is the most memory that generation took, model and
+cache included.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -82,21 +85,22 @@ class Decoder:
         return time.perf_counter()
 
 
-def build(form: str, a: argparse.Namespace) -> nn.Module:
+def build(form: str, embedding_bits: int, a: argparse.Namespace) -> nn.Module:
     """A dense model, or one of packed codes in the Hadamard basis under the product's own layers."""
     if form == "bf16":
         return dense_model(a.shape, device=a.device).eval()
-    model = quantized_model(a.shape, bits=int(form), group=a.group, basis="hadamard", device=a.device)
+    how = {"group": a.group, "basis": "hadamard", "device": a.device}
+    model = quantized_model(a.shape, bits=int(form), embedding_bits=embedding_bits, **how)  # pyright: ignore
     if a.no_adapter:
         return model.eval()
-    return with_sparse_adapter(model, rank=a.rank, device=a.device).eval().requires_grad_(False)
+    return with_sparse_adapter(model, rank=a.rank, device=a.device, frozen=True).eval().requires_grad_(False)
 
 
 def rows(a: argparse.Namespace) -> Iterator[dict[str, object]]:
     """A line for every model and way to launch a step."""
     cuda = a.device == "cuda"
-    for form in ("bf16", *a.formats):
-        model = build(form, a)
+    for form, embedding_bits in (("bf16", 16), *itertools.product(a.formats, a.embedding_bits)):
+        model = build(form, embedding_bits, a)
         gc.collect()
         prompt = torch.arange(1, a.prompt + 1, device=a.device)[None]
         told: list[int] | None = None
@@ -112,6 +116,7 @@ def rows(a: argparse.Namespace) -> Iterator[dict[str, object]]:
             agrees = told is None or told == tokens
             told = tokens
             line: dict[str, object] = {"shape": a.shape, "weights": form, "adapter": form != "bf16" and not a.no_adapter}
+            line |= {"embedding_bits": embedding_bits}
             line |= {"graph": graph, "tokens_s": (a.new - 1) / taken, "ms": 1e3 * taken / (a.new - 1)}
             line |= {"model_gib": held / 2**30, "gib": peak / 2**30, "same_tokens": agrees, "distinct": len(set(tokens))}
             yield line
@@ -120,11 +125,20 @@ def rows(a: argparse.Namespace) -> Iterator[dict[str, object]]:
         del model
 
 
+def vocabulary_bits(text: str) -> list[int]:
+    """16 or 8, or both."""
+    found = [int(part) for part in text.split(",")]
+    if not {*found} <= {16, 8}:
+        raise argparse.ArgumentTypeError(f"embeddings have 16 or 8 bits, not {text}")
+    return found
+
+
 def main() -> None:
     """Parse, run, write a JSON line a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.2-3b", choices=[name for name in CONFIGS if "llama" in name])
     parser.add_argument("--formats", default=["2"], type=lambda text: text.split(","), help="bits of codes: 2, 3, 4, 8")
+    parser.add_argument("--embedding-bits", default=[16], type=vocabulary_bits, help="of embedding and head beside codes: 16, 8")
     parser.add_argument("--rank", type=int, default=64, help="the adapter has as many numbers as a LoRA of that rank")
     parser.add_argument("--no-adapter", action="store_true")
     parser.add_argument("--group", type=int, default=64)

@@ -12,6 +12,7 @@ holds, of a LoRA 16 bits a number, which is fewer than peft writes.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -34,8 +35,10 @@ from qwha_cli.evaluation.perplexity import text_perplexity
 from qwha_cli.models.load import load
 from qwha_cli.models.targets import find_targets
 from qwha_cli.quant.checkpoint import load_base
+from qwha_cli.quant.embedding import put_vocabulary, vocabulary_of
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.swap import get_linear
+from qwha_cli.quantizers.vocabulary import quantize_words, vocabulary_options
 from qwha_cli.recipe.load import load_recipe
 from qwha_cli.stages.runner import run_stages
 
@@ -54,6 +57,8 @@ BASES: dict[str, dict[str, object]] = {
     "ours, one bit more": OURS,
     "ours, scales": OURS | {"reconstruct": "scales"},
     "ours, full": OURS | {"reconstruct": "full"},
+    "RTN, 8-bit embeddings": {"method": "rtn", "basis": "weight", "zeros": "integer", "grid": "search", "embedding_bits": 8},
+    "ours, 8-bit embeddings": OURS | {"embedding_bits": 8},
     "ours, gradient": OURS | GRADIENT,
     "ours, gradient, scales": OURS | GRADIENT | {"reconstruct": "scales"},
 }
@@ -84,8 +89,11 @@ def _start(base: str, method: str, label: str | None = None, *, same_bytes: bool
 
 
 VALUES = {"reconstruct": "values"}
+# rows that no stage makes: the 16-bit model, and that model with nothing in codes but embedding and head
+ORIGINAL, WORDS = "16-bit", "16-bit, 8-bit embeddings"
 ROWS = [
     Row("RTN"),
+    Row("RTN, 8-bit embeddings"),
     Row("GPTQ"),
     _start("GPTQ", "adaalloc", "adaalloc, as published"),
     _start("GPTQ", "cloq"),
@@ -107,6 +115,8 @@ ROWS = [
     _start("ours", "cloq"),
     _start("ours", "pursuit"),
     _start("ours", "pursuit", "pursuit, values", **VALUES),
+    Row("ours, 8-bit embeddings"),
+    _start("ours, 8-bit embeddings", "pursuit"),
     Row("ours, scales"),
     _start("ours, scales", "cloq"),
     _start("ours, scales", "pursuit"),
@@ -202,6 +212,16 @@ class Bench:
         path.write_text(yaml.safe_dump(tree))
         return path
 
+    def words_in_codes(self) -> dict[str, object]:
+        """The numbers of the 16-bit model whose embedding and head are in 8 bits."""
+        model = copy.deepcopy(self.original)
+        vocabulary = vocabulary_of(model, format=vocabulary_options(self.a.group).format)
+        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in vocabulary.owners}
+        device = torch.device(self.device)
+        codes = {n: quantize_words(w, group_size=self.a.group, name=n, device=device) for n, w in weights.items()}
+        put_vocabulary(model, vocabulary, codes)
+        return self.scores(model) | {"bits_per_weight": 16.0}
+
     def measure(self, row: Row | None) -> dict[str, object]:
         """The numbers of a row; None for the 16-bit model."""
         if row is None:
@@ -266,7 +286,7 @@ class Bench:
 
     def run(self) -> None:
         """Measure what is missing, a line of --out for each row."""
-        wanted = self.a.rows.split(";") if self.a.rows else ["16-bit", *(row.name for row in ROWS)]
+        wanted = self.a.rows.split(";") if self.a.rows else [ORIGINAL, WORDS, *(row.name for row in ROWS)]
         rows = {row.name: row for row in ROWS}
         facts = {"entries_rank": self.rank, "commit": self.a.commit or _commit(), "device": _device(), "torch": torch.__version__}
         done = self.done()
@@ -277,7 +297,7 @@ class Bench:
                 torch.cuda.empty_cache()  # another process may want what the last row's logits took
             started = time.monotonic()
             try:
-                line = self.measure(None if name == "16-bit" else rows[name])
+                line = self.words_in_codes() if name == WORDS else self.measure(None if name == ORIGINAL else rows[name])
             except Exception as error:
                 problems = "; ".join(map(str, getattr(error, "problems", ())))
                 print(f"{name}: {type(error).__name__}: {error} {problems}", file=sys.stderr, flush=True)
@@ -293,7 +313,7 @@ class Bench:
 def table(paths: list[str]) -> str:
     """The measured rows as Markdown, one table for every model, width and calibration; seeds as mean and range."""
     lines = [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
-    order = ["16-bit", *(row.name for row in ROWS)]
+    order = [ORIGINAL, WORDS, *(row.name for row in ROWS)]
     groups: dict[tuple[object, ...], list[dict[str, object]]] = {}
     for line in lines:
         groups.setdefault((line["model"], line["bits"], line["group"], line["calibration"]), []).append(line)

@@ -37,8 +37,9 @@ SHAPES = {
     "3b": [(3072, 3072), (1024, 3072), (8192, 3072), (3072, 8192)],
     "8b": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
 }
-# bits and bits of a zero point; None for nf4
-FORMATS: dict[str, tuple[int, int] | None] = {"2": (2, 4), "3": (3, 4), "4": (4, 4), "nf4": None}
+# bits and bits of a zero point; None for nf4. A head in codes has 8: --shapes 128256x3072 --formats 8
+FORMATS: dict[str, tuple[int, int] | None] = {"2": (2, 4), "3": (3, 4), "4": (4, 4), "nf4": None, "8": (8, 8)}
+OF_LAYERS = ["2", "3", "4", "nf4"]
 GROUP = 64
 SHARE = 0.042
 MOST_COPIES = 96
@@ -225,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "tune"))
     parser.add_argument("--shapes", default="3b,8b", type=lambda text: text.split(","), help="tiny, 3b, 8b, or OUTxIN")
-    parser.add_argument("--formats", default=list(FORMATS), type=lambda text: text.split(","))
+    parser.add_argument("--formats", default=OF_LAYERS, type=lambda text: text.split(","))
     parser.add_argument("--tokens", default=[1, 4, 16], type=lambda text: [int(x) for x in text.split(",")])
     parser.add_argument("--adapter", action="store_true", help="tune with entries")
     parser.add_argument("--early", action="store_true", help="tune with dependent launches")

@@ -11,8 +11,8 @@ launched one by one, and says so in its line), --launch eager launches kernels o
 of --steps after --warmup. Peak memory is the device's, with the model, without an optimizer. Rows: `official` is the published
 layer's arithmetic on a 2-bit base, QLoRA is bitsandbytes' NF4 under peft, `full` trains all linear layers in bfloat16 without an
 adapter: the same matrix products as ours. Our rows keep dense weights as `train.keep: auto` does on a GPU without room for all of
-them, a block's with checkpointing and none without, but for those that say what they keep. --loss plain takes transformers' own
-kernels for every row.
+them, a block's with checkpointing and none without, but for those that say what they keep. With 8-bit embeddings the loss makes
+some thousand words dense at a time. --loss plain takes transformers' own kernels for every row.
 """
 
 from __future__ import annotations
@@ -57,9 +57,14 @@ ONE_BY_ONE = ", kernels one by one"
 CASES = {"16 on": (16, True), "16 off": (16, False), "1 on": (1, True), "1 off": (1, False), "4 on": (4, True)}
 
 
-def _ours(basis: str, keep: str = "block") -> Callable[[argparse.Namespace], nn.Module]:
+def _group(a: argparse.Namespace) -> int:
+    return 16 if a.shape.startswith("tiny") else 64
+
+
+def _ours(basis: str, keep: str = "block", *, embedding_bits: int = 16) -> Callable[[argparse.Namespace], nn.Module]:
     def build(a: argparse.Namespace) -> nn.Module:
-        base = quantized_model(a.shape, bits=2, group=64, basis=basis, device=a.device)  # pyright: ignore
+        how = {"group": _group(a), "basis": basis, "device": a.device}
+        base = quantized_model(a.shape, bits=2, embedding_bits=embedding_bits, **how)  # pyright: ignore
         model = with_sparse_adapter(base, rank=a.rank, device=a.device)
         set_keep(model, keep)  # pyright: ignore
         return model
@@ -118,6 +123,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     "ours, weight": _ours("weight"),
     "ours, hadamard, keep memory": _ours("hadamard", "memory"),
     "ours, hadamard, keep speed": _ours("hadamard", "speed"),
+    "ours, hadamard, 8-bit embeddings": _ours("hadamard", embedding_bits=8),
 }
 
 

@@ -13,16 +13,18 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qwha_cli.adapters.build import add_adapter
+from qwha_cli.adapters.build import add_adapter, as_stored, freeze_adapter
 from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.wht import wht
 from qwha_cli.models.random import random_config
 from qwha_cli.models.targets import find_targets
+from qwha_cli.quant.embedding import put_vocabulary, vocabulary_of
 from qwha_cli.quant.layout import tensor_shapes
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.packed import Basis, PackedWeight, QuantFormat
 from qwha_cli.quant.swap import replace
+from qwha_cli.quantizers.vocabulary import vocabulary_options
 
 DTYPE = torch.bfloat16
 
@@ -58,13 +60,18 @@ def _rebuild_buffers(model: nn.Module, device: str) -> None:
 
 def random_packed(shape: tuple[int, int], *, bits: int, group: int, basis: Basis, device: str) -> PackedWeight:
     """Random codes of the default kind (fine zero points) whose values have about the size of a layer's weights."""
-    form = QuantFormat("gptq", bits, group, False, basis, zero_bits=max(bits, 4))
+    return random_codes(shape, QuantFormat("gptq", bits, group, False, basis, zero_bits=max(bits, 4)), scale=0.02, device=device)
+
+
+def random_codes(shape: tuple[int, int], form: QuantFormat, *, scale: float, device: str) -> PackedWeight:
+    """Random codes and zero points, all groups of one scale."""
     made: dict[str, Tensor] = {}
-    for name, (size, dtype) in tensor_shapes("gptq", shape=shape, bits=bits, zero_bits=form.zero_bits, group_size=group).items():
+    sizes = tensor_shapes("gptq", shape=shape, bits=form.bits, zero_bits=form.zero_bits, group_size=form.group_size)
+    for name, (size, dtype) in sizes.items():
         if dtype == torch.int32:
             made[name] = torch.randint(-(2**31), 2**31, size, device=device, dtype=torch.int64).to(torch.int32)
         else:
-            made[name] = torch.full(size, 0.02, device=device, dtype=dtype)
+            made[name] = torch.full(size, scale, device=device, dtype=dtype)
     return PackedWeight(made, form, shape)
 
 
@@ -90,8 +97,8 @@ def exchange(model: PreTrainedModel, make: Callable[[nn.Linear], nn.Module]) -> 
         replace(model, name, make(cast(nn.Linear, layer)))
 
 
-def quantized_model(shape: str, *, bits: int, group: int, basis: Basis, device: str) -> PreTrainedModel:
-    """A model whose decoder's linear layers have random codes."""
+def quantized_model(shape: str, *, bits: int, group: int, basis: Basis, device: str, embedding_bits: int = 16) -> PreTrainedModel:
+    """A model whose decoder's linear layers have random codes; with 8 bits embedding and head have some too."""
     # never dense as a whole: the linear layers stay on the meta device until they are codes
     config = random_config(shape)
     config.dtype = DTYPE
@@ -103,6 +110,8 @@ def quantized_model(shape: str, *, bits: int, group: int, basis: Basis, device: 
         return QuantizedLinear.from_packed(random_packed(size, bits=bits, group=group, basis=basis, device=device))
 
     exchange(cast(PreTrainedModel, model), packed)
+    if embedding_bits == 8:
+        quantize_vocabulary(cast(PreTrainedModel, model), group=group, device=device)
     torch.manual_seed(0)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -113,11 +122,24 @@ def quantized_model(shape: str, *, bits: int, group: int, basis: Basis, device: 
     return cast(PreTrainedModel, model)
 
 
-def with_sparse_adapter(model: PreTrainedModel, *, rank: int, device: str) -> nn.Module:
-    """The product's adapter at random places on every linear layer, trainable, under peft."""
+def quantize_vocabulary(model: PreTrainedModel, *, group: int, device: str) -> None:
+    """Give a model's embedding and head random codes of the product's kind, about as large as weights are."""
+    vocabulary = vocabulary_of(model, format=vocabulary_options(group).format)
+    shapes = {name: model.get_parameter(f"{name}.weight").shape for name in vocabulary.owners}
+    codes = {n: random_codes((s[0], s[1]), vocabulary.format, scale=2e-4, device=device) for n, s in shapes.items()}
+    put_vocabulary(model, vocabulary, codes)
+
+
+def with_sparse_adapter(model: PreTrainedModel, *, rank: int, device: str, frozen: bool = False) -> nn.Module:
+    """The product's adapter at random places on every linear layer, under peft: trainable, or as it is loaded for generation."""
     layers = linears(model)
     start = {n: random_rows((x.out_features, x.in_features), rank=rank, device=device) for n, x in layers.items()}  # pyright: ignore
-    return add_adapter(model, rank=rank, scale=1.0, targets=list(layers), start=start, store="float32")
+    if not frozen:
+        return add_adapter(model, rank=rank, scale=1.0, targets=list(layers), start=start, store="float32")
+    stored = {name: as_stored(rows, "bfloat16") for name, rows in start.items()}
+    adapted = add_adapter(model, rank=rank, scale=1.0, targets=list(layers), start=stored)
+    freeze_adapter(adapted)
+    return adapted
 
 
 def with_lora(model: PreTrainedModel, *, rank: int) -> nn.Module:

@@ -120,13 +120,17 @@ def _with_share(line: Line | None) -> str:
 
 def decoding(lines: Sequence[Line]) -> str:
     """Generation with one sequence, launched from Python and replayed as a graph."""
-    cases = {(str(x["shape"]), str(x["weights"]), bool(x["adapter"]), bool(x["graph"])): x for x in lines}
+    cases = {
+        (str(x["shape"]), str(x["weights"]), bool(x["adapter"]), x.get("embedding_bits", 16) == 8, bool(x["graph"])): x
+        for x in lines
+    }
     rows = [
         [
-            f"{shape}, {_NAMES.get(weights, weights)}{' with entries' * adapter}, {'graph' if graph else 'launched'}",
+            f"{shape}, {_NAMES.get(weights, weights)}{' with entries' * adapter}{', 8-bit embeddings' * words}, "
+            f"{'graph' if graph else 'launched'}",
             number(x["tokens_s"]), number(x["ms"], ".2f"), number(x["gib"]),
         ]
-        for (shape, weights, adapter, graph), x in cases.items()
+        for (shape, weights, adapter, words, graph), x in cases.items()
     ]  # fmt: skip
     return markdown(["", "tokens a second", "ms a token", "GiB"], rows)
 

@@ -11,7 +11,16 @@ from peft import OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qwha_cli.adapters.build import add_adapter, as_stored, cache_weights, load_adapter, merged_weight, save_adapter, set_backend
+from qwha_cli.adapters.build import (
+    add_adapter,
+    as_stored,
+    cache_weights,
+    freeze_adapter,
+    load_adapter,
+    merged_weight,
+    save_adapter,
+    set_backend,
+)
 from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.provenance import base_fingerprint, hadamard_digests
 from qwha_cli.adapters.spectral.config import SpectralConfig
@@ -68,6 +77,12 @@ def test_what_was_saved_loads_with_the_same_bits(tmp_path: Path, basis: str, tra
     loaded = load_adapter(base(basis), tmp_path / "adapter", trainable=trainable)
     assert torch.equal(logits(loaded.eval()), logits(model))
     assert any(p.requires_grad for p in loaded.parameters()) == trainable
+    values = {layer.qwha_values["default"].dtype for layer in spectral_layers(loaded).values()}
+    assert values == {torch.float32 if trainable else torch.bfloat16}
+    freeze_adapter(model)
+    assert {p.dtype for name, p in model.named_parameters() if "qwha" in name} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(logits(loaded), logits(model))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "some/base"
     assert config["entries"] == {name: len(rows.values) for name, rows in entries().items()}

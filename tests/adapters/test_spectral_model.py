@@ -96,18 +96,92 @@ def test_saved_and_reloaded_gives_the_same_bits(tmp_path: Path, kind: str, low_m
     assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
 
 
-def test_reloading_onto_a_bfloat16_base_keeps_float32_values(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_llama().bfloat16(), SpectralConfig(rank=4, task_type="CAUSAL_LM")).eval()
+@pytest.mark.parametrize("store", ["bfloat16", "float32"])
+def test_frozen_values_keep_the_files_number_format_and_trained_ones_are_float32(tmp_path: Path, store: str) -> None:
+    model = get_peft_model(tiny_llama().bfloat16(), SpectralConfig(rank=4, task_type="CAUSAL_LM", store=store)).eval()
     fill(model)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    loaded = PeftModel.from_pretrained(tiny_llama().bfloat16(), str(tmp_path))
+    for trained, dtype in ((False, getattr(torch, store)), (True, torch.float32)):
+        loaded = PeftModel.from_pretrained(tiny_llama().bfloat16(), str(tmp_path), is_trainable=trained).eval()
+        assert torch.equal(logits(loaded), logits(model))
+        values = [layer.qwha_values["default"] for layer in spectral_layers(loaded).values()]
+        assert {(value.dtype, value.requires_grad) for value in values} == {(dtype, trained)}
+
+
+def test_frozen_values_become_float32_when_they_are_to_be_trained(tmp_path: Path) -> None:
+    model = adapted("hadamard")
+    fill(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(base_model("hadamard"), str(tmp_path))
+    loaded.set_adapter("default")
+    values = [layer.qwha_values["default"] for layer in spectral_layers(loaded).values()]
+    assert {(value.dtype, value.requires_grad) for value in values} == {(torch.float32, True)}
     assert torch.equal(logits(loaded), logits(model))
-    assert {layer.qwha_values["default"].dtype for layer in spectral_layers(loaded).values()} == {torch.float32}
+
+
+def test_a_file_in_float32_is_not_rounded_because_its_config_says_bfloat16(tmp_path: Path) -> None:
+    model = adapted("hadamard", store="float32")
+    fill(model, dtype=torch.float32)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"store": "float32"', '"store": "bfloat16"'))
+    loaded = PeftModel.from_pretrained(base_model("hadamard"), str(tmp_path))
+    assert loaded.peft_config["default"].store == "bfloat16"
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bfloat16_values_give_the_output_of_the_same_numbers_in_float32_to_the_bit(
+    kind: str, dtype: torch.dtype, scale: float
+) -> None:
+    x = torch.randn(7, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    model = adapted(kind, scale=scale).to(dtype)
+    fill(model)
+    for layer in spectral_layers(model).values():
+        if layer.in_features != 48:
+            continue
+        layer.requires_grad_(False)
+        few, delta, merged = layer(x[:1]), layer.get_delta_weight("default"), layer.merged_weight(torch.float32)
+        many, rows = layer(x), layer.rows("default").values
+        layer.freeze("default")
+        assert layer.qwha_values["default"].dtype == torch.bfloat16
+        assert torch.equal(layer(x[:1]), few)
+        assert torch.equal(layer(x), many)
+        assert torch.equal(layer.get_delta_weight("default"), delta)
+        assert torch.equal(layer.merged_weight(torch.float32), merged)
+        assert torch.equal(layer.rows("default").values, rows)
+        layer.cache_weights(True)
+        assert torch.equal(layer(x), many)
+
+
+def test_values_that_bfloat16_does_not_hold_are_frozen_as_they_are() -> None:
+    model = adapted("weight")
+    fill(model, dtype=torch.float32)
+    layer = next(iter(spectral_layers(model).values()))
+    before = layer.qwha_values["default"].clone()
+    layer.freeze("default")
+    assert not layer.qwha_values["default"].requires_grad
+    assert torch.equal(layer.qwha_values["default"], before)
+
+
+def test_two_frozen_adapters_in_bfloat16_add_up_as_in_float32() -> None:
+    model = adapted("hadamard", scale=0.3)
+    model.add_adapter("other", SpectralConfig(rank=3, scale=0.7, target_modules="all-linear", task_type="CAUSAL_LM"))
+    fill(model, adapter="default", seed=1)
+    fill(model, adapter="other", seed=2)
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model)
+    for layer in spectral_layers(model).values():
+        layer.freeze("default")
+        layer.freeze("other")
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_files_round_once_and_are_float32_in_memory(tmp_path: Path, low_memory: bool, autocast: bool) -> None:
+def test_bfloat16_files_round_once(tmp_path: Path, low_memory: bool, autocast: bool) -> None:
     model = adapted()
     fill(model, dtype=torch.float32)
     model.save_pretrained(tmp_path / "once", save_embedding_layers=False)
@@ -117,9 +191,8 @@ def test_bfloat16_files_round_once_and_are_float32_in_memory(tmp_path: Path, low
     )
     for name, layer in spectral_layers(loaded).items():
         trained = spectral_layers(model)[name].qwha_values["default"]
-        assert layer.qwha_values["default"].dtype == torch.float32
-        assert torch.equal(layer.qwha_values["default"], trained.bfloat16().float())
-        assert not torch.equal(layer.qwha_values["default"], trained)
+        assert torch.equal(layer.qwha_values["default"], trained.bfloat16())
+        assert not torch.equal(layer.qwha_values["default"].float(), trained)
     loaded.save_pretrained(tmp_path / "twice", save_embedding_layers=False)
     assert (tmp_path / "once" / FILE).read_bytes() == (tmp_path / "twice" / FILE).read_bytes()
 

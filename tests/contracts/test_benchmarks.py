@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
+import bench_decode
+import bench_init
 import bench_memory
+import bench_step
 import machine
 import plot_speed
 import pytest
@@ -21,6 +24,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qwha_cli.models import random
+from qwha_cli.models.token_loss import causal_model, summed_loss
+from qwha_cli.quant.embedding import QuantizedEmbedding
 
 MAKEFILE = Path(__file__).resolve().parents[2] / "Makefile"
 MACHINE = {"gpu": "Card", "driver": "580.1", "cpus": 16, "torch": "2.11.0", "triton": None, "qwha": "0.1.0", "commit": "abc"}
@@ -243,6 +248,62 @@ def test_our_rows_have_colours_of_their_own() -> None:
     found = plot_speed.colours(rows)
     assert {row for row in rows if found[row] in plot_speed.OURS_FAMILY} == {row for row in rows if row.startswith("ours")}
     assert len(set(found.values())) == len(rows) >= 8
+
+
+WORDS = "ours, hadamard, 8-bit embeddings"
+
+
+def test_a_tiny_model_with_8_bit_embeddings_takes_a_step_of_training() -> None:
+    losses: dict[str, float] = {}
+    for name in ("ours, hadamard", WORDS):
+        torch.manual_seed(0)
+        model = bench_step.ROWS[name](Namespace(shape="tiny-llama", rank=2, device="cpu")).float()
+        embedding = causal_model(model).get_input_embeddings()
+        assert isinstance(embedding, QuantizedEmbedding) is (name == WORDS)
+        step = bench_step.Step(model, length=8, liger=False, device="cpu", launch="eager")
+        ids = torch.randint(0, 260, (2, 8))
+        loss = summed_loss(step.model, {"input_ids": ids, "labels": ids}, head=None) / ids.numel()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in step.trained)
+        losses[name] = float(loss)
+    assert losses["ours, hadamard"] != losses[WORDS]
+    assert all(0 < loss < 20 for loss in losses.values())
+    assert WORDS in bench_memory.DEFAULT_ROWS.split(";")
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tied"])
+def test_generation_with_8_bit_embeddings_runs_without_a_gpu(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tied = {**random.CONFIGS["tiny-llama"], "tie_word_embeddings": True}
+    monkeypatch.setitem(random.CONFIGS, "tied", tied)
+    a = Namespace(
+        shape=shape, device="cpu", formats=["2"], embedding_bits=bench_decode.vocabulary_bits("16,8"), rank=2, group=16,
+        no_adapter=False, prompt=4, new=3, repeats=1,
+    )  # fmt: skip
+    with torch.inference_mode():
+        lines = list(bench_decode.rows(a))
+    assert [(line["weights"], line["embedding_bits"]) for line in lines] == [("bf16", 16), ("2", 16), ("2", 8)]
+    model = bench_decode.build("2", 8, a)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any("embed" in name or "lm_head" in name for name, _ in model.named_parameters())
+    with pytest.raises(ArgumentTypeError, match="16 or 8 bits, not 4"):
+        bench_decode.vocabulary_bits("4")
+
+
+def test_a_line_says_whose_embeddings_have_8_bits() -> None:
+    line = {"shape": "s", "weights": "2", "adapter": True, "graph": True, "tokens_s": 250.0, "ms": 4.0, "gib": 2.25}
+    page = speed_page.decoding([line, line | {"embedding_bits": 8, "gib": 1.5}])
+    assert "| s, 2 bits with entries, graph | 250.0 | 4.00 | 2.2 |" in page
+    assert "| s, 2 bits with entries, 8-bit embeddings, graph | 250.0 | 4.00 | 1.5 |" in page
+
+
+def test_starts_are_measured_with_8_bit_embeddings_too() -> None:
+    rows = {row.name: row for row in bench_init.ROWS}
+    for name in ("RTN", "ours", "ours + pursuit"):
+        base, plus, start = name.partition(" + ")
+        other = rows[f"{base}, 8-bit embeddings{plus}{start}"]
+        assert bench_init.BASES[other.base] == {**bench_init.BASES[base], "embedding_bits": 8}
+        assert other.init == rows[name].init
 
 
 def test_copies_are_larger_than_a_cache() -> None:

@@ -129,6 +129,21 @@ def as_torch(codes: Codes, dtypes: list[torch.dtype]) -> None:
             assert torch.equal(found, gather_entries(given, places, scale=0.3, backend="torch"))
 
 
+def half_values(codes: Codes, backend: str) -> None:
+    """Values in bfloat16 give the bits that the same numbers give in float32."""
+    places = places_on(codes.shape, str(codes.device))
+    half = (numbers(len(places), dtype=torch.float32).to(codes.device) * 0.05).bfloat16()
+    for base, basis in ((codes, "hadamard"), (codes, "weight"), (dequantize(codes, torch.float32), "hadamard")):
+        for dtype in (torch.float32, torch.float16):
+            how = {"basis": basis, "scale": 0.3, "dtype": dtype, "backend": backend}
+            assert torch.equal(effective_weight(base, half, places, **how), effective_weight(base, half.float(), places, **how))
+
+
+@pytest.mark.parametrize("case", CASES[:3])
+def test_values_in_bfloat16_give_the_bits_of_float32_ones(case: Case) -> None:
+    half_values(codes_of(case), "torch")
+
+
 def nothing_to_add(codes: Codes) -> None:
     nothing = Places.from_flat(torch.zeros(0, dtype=torch.int32, device=codes.device), shape=codes.shape)
     values = torch.zeros(0, device=codes.device)
@@ -153,7 +168,8 @@ def cut_otherwise(codes: Codes) -> None:
 # Triton's interpreter cuts numbers to bfloat16 instead of rounding them
 _INTERPRETED = """
 import torch
-from kernels.test_effective_weight import CASES, as_torch, codes_of, cut_otherwise, nothing_to_add
+from kernels.test_effective_weight import CASES, as_torch, codes_of, cut_otherwise, half_values, nothing_to_add
+half_values(codes_of(CASES[0]), "triton")
 for number, codes in enumerate(map(codes_of, CASES)):
     as_torch(codes, [torch.float16 if number % 2 else torch.float32])
 for number in (1, 4, 7):
@@ -175,4 +191,5 @@ def test_triton_on_a_gpu_gives_torchs_bits(case: Case) -> None:
     codes = codes_of(case, "cuda")
     as_torch(codes, [*HALF, torch.float32])
     cut_otherwise(codes)
+    half_values(codes, "triton")
     nothing_to_add(codes)

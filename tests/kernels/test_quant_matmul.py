@@ -93,6 +93,27 @@ def as_reference(
     return made
 
 
+def half_values(device: str, dtype: torch.dtype, backend: str) -> int:
+    """Values in bfloat16 give the bits that the same numbers give in float32; how many comparisons were made."""
+    made = 0
+    for form in FORMATS[:2]:
+        base, _ = codes(*form, SIZES[0])
+        places, values, _ = sparse(SIZES[0])
+        places, half = Places(places.row_starts.to(device), places.columns.to(device), places.shape), values.bfloat16().to(device)
+        for tokens in (1, 3):
+            z = torch.randn(tokens, SIZES[0][1], generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
+            how = {"places": places, "scale": 0.3, "backend": backend}
+            found = quant_matmul(z, moved(base, device), values=half, **how)
+            assert torch.equal(found, quant_matmul(z, moved(base, device), values=half.float(), **how))
+            made += 1
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_values_in_bfloat16_give_the_bits_of_float32_ones(dtype: torch.dtype) -> None:
+    assert half_values("cpu", dtype, "torch") == 4
+
+
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_torch_is_the_dense_reference(form: tuple[str, int, int], shape: tuple[int, int, int]) -> None:
@@ -158,7 +179,8 @@ def every_cut(device: str, forms: list[tuple[str, int, int]], shape: tuple[int, 
 
 _INTERPRETED = """
 import torch
-from kernels.test_quant_matmul import FORMATS, SIZES, as_reference, every_cut
+from kernels.test_quant_matmul import FORMATS, SIZES, as_reference, every_cut, half_values
+assert half_values("cpu", torch.float32, "triton") == 4
 made = sum(as_reference(form, SIZES[0], torch.float32, "cpu", (1, 3)) for form in FORMATS)
 # the interpreter has no bfloat16 of its own: it multiplies the bits
 made += sum(as_reference(form, shape, torch.float16, "cpu", (1, 16)) for form, shape in zip(FORMATS[1::2], SIZES[1:]))
@@ -197,6 +219,7 @@ def test_triton_on_a_gpu_is_the_dense_reference(form: tuple[str, int, int], dtyp
     # the interpreter has seen all sizes; here every size and dtype is compiled anew, seconds each
     for shape in (SIZES[0], SIZES[3], (1000, 3072, 64)):
         as_reference(form, shape, dtype, "cuda")
+    half_values("cuda", dtype, "triton")
 
 
 @pytest.mark.gpu

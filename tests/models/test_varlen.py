@@ -39,6 +39,7 @@ from qwha_cli.models.varlen import (
     varlen_reference,
     varlen_torch,
 )
+from support.quantized import quantize_words_of
 from support.tiny_model import SHAPE, VOCABULARY, tiny_llama, tiny_qwen2
 
 CPU = torch.device("cpu")
@@ -69,8 +70,7 @@ class PlainHead(FusedHead):
     """Computes after the model what the head would have computed in it."""
 
     def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return nn.functional.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
 
 
 class Waiting(TorchDispatchMode):
@@ -176,7 +176,14 @@ def test_each_token_has_its_loss_and_its_sequence() -> None:
             assert torch.equal(found.rows, expected.rows)
 
 
-@pytest.mark.parametrize("build", BUILDS)
+IN_CODES = [
+    lambda: quantize_words_of(tiny_llama()),
+    lambda: quantize_words_of(tiny_qwen2()),
+    lambda: quantize_words_of(tiny_gemma3()),
+]
+
+
+@pytest.mark.parametrize("build", [*BUILDS, *IN_CODES])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_makes_no_mask_and_reads_nothing_from_the_device(build: Any, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwha_cli.models.liger.FusedHead", PlainHead)
@@ -193,6 +200,19 @@ def test_a_step_makes_no_mask_and_reads_nothing_from_the_device(build: Any, fuse
             model.set_output_embeddings(nn.Linear(SHAPE["hidden_size"], VOCABULARY, bias=False))
             summed_loss(model, flat, head=None, longest=LONGEST).backward()
     assert masks == [None] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_in_codes_reads_nothing_from_the_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwha_cli.models.liger._cross_entropy_in_place", lambda *_, **__: None)
+    monkeypatch.setattr("qwha_cli.kernels.wide_linear._AT_ONCE", 64)
+    monkeypatch.setattr("qwha_cli.kernels.wide_linear._WIDE", 64)
+    model = quantize_words_of(tiny_qwen2()).to(dtype)
+    hidden = torch.randn(5, 48).to(dtype).requires_grad_()
+    with Waiting():
+        FusedHead(model.lm_head).summed_loss(hidden, torch.zeros(5, dtype=torch.long)).backward()
+        model.lm_head(hidden).sum().backward()
+        model.model.embed_tokens(torch.arange(6))
 
 
 def test_a_padded_step_does_read_from_the_device() -> None:

@@ -8,10 +8,12 @@ from transformers import PreTrainedModel
 
 from qwha_cli import catalog
 from qwha_cli.kernels.wht import wht
+from qwha_cli.quant.embedding import put_vocabulary, vocabulary_of
 from qwha_cli.quant.gram import Gram
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.packed import PackedWeight, QuantizerOptions
 from qwha_cli.quant.swap import replace
+from qwha_cli.quantizers.vocabulary import quantize_words, vocabulary_options
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -33,6 +35,16 @@ def quantize_blocks(model: PreTrainedModel, wanted: QuantizerOptions) -> PreTrai
             weight = module.weight.detach()
             packed = run_quantizer(wht(weight) if wanted.basis == "hadamard" else weight, None, wanted, name)
             replace(model, name, QuantizedLinear.from_packed(packed, module.bias))
+    return model
+
+
+def quantize_words_of(model: PreTrainedModel, group_size: int = 16) -> PreTrainedModel:
+    """Put embedding and head into 8 bits, in place."""
+    vocabulary = vocabulary_of(model, format=vocabulary_options(group_size).format)
+    weights = {name: model.get_submodule(name).weight.detach() for name in vocabulary.owners}
+    cpu = torch.device("cpu")
+    packed = {name: quantize_words(weight, group_size=group_size, name=name, device=cpu) for name, weight in weights.items()}
+    put_vocabulary(model, vocabulary, packed)
     return model
 
 

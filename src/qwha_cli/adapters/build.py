@@ -23,6 +23,7 @@ from qwha_cli.adapters.low_rank.model import LowRankModel, use_our_layers
 from qwha_cli.adapters.peft_bridge import register
 from qwha_cli.adapters.provenance import base_fingerprint, check_base
 from qwha_cli.adapters.spectral.config import SpectralConfig, Store, store_dtype
+from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.adapters.spectral.model import SpectralModel
 from qwha_cli.errors import ArtifactError, ModelError
 from qwha_cli.kernels.backend import Requested, choose
@@ -131,7 +132,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
     Args:
         model: The base; changed in place.
         folder: Holds adapter_config.json and adapter_model.safetensors, and for a LoRA qwha_base.json.
-        trainable: Whether its values require gradients; otherwise the model is put in eval mode.
+        trainable: Whether its values require gradients; otherwise the model is put in eval mode, and a sparse adapter's values
+            keep the file's number format.
 
     Returns:
         The PeftModel around the base.
@@ -204,6 +206,14 @@ def cache_weights(model: nn.Module, on: bool) -> None:
     """Keep (or drop) every layer's dense effective weight between forward passes in eval mode, see AdaptedLinear."""
     for layer in _adapted_layers(model).values():
         layer.cache_weights(on)
+
+
+def freeze_adapter(model: nn.Module) -> None:
+    """Leave an adapter as `load_adapter` leaves one that is not trained: frozen, in bfloat16 where that loses nothing."""
+    for layer in _adapted_layers(model).values():
+        if isinstance(layer, SpectralLinear):
+            layer.freeze(ADAPTER)
+        layer.requires_grad_(False)
 
 
 def set_backend(

@@ -12,8 +12,7 @@ from torch import nn
 
 from qwha_cli.errors import ArtifactError
 from qwha_cli.kernels.hadamard import plan
-from qwha_cli.quant.checkpoint import fingerprint
-from qwha_cli.quant.linear import QuantizedLinear
+from qwha_cli.quant.fingerprint import fingerprint, packed_modules
 
 
 def base_fingerprint(model: nn.Module) -> str | None:
@@ -22,9 +21,7 @@ def base_fingerprint(model: nn.Module) -> str | None:
     Args:
         model: A transformers model or a PeftModel around it, with or without adapters.
     """
-    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        return None
-    return fingerprint(model)
+    return fingerprint(model) if packed_modules(model) else None
 
 
 def check_base(expected: str | None, model: nn.Module, *, where: str = "adapter_config.json") -> None:
@@ -38,7 +35,7 @@ def check_base(expected: str | None, model: nn.Module, *, where: str = "adapter_
     Raises:
         ArtifactError: The fingerprints differ; the message shows both.
     """
-    if expected is None or any(isinstance(m, QuantizedLinear) and next(m.buffers()).is_meta for m in model.modules()):
+    if expected is None or any(module.codes().device.type == "meta" for module in packed_modules(model).values()):
         return  # a skeleton's codes are still on the disk: who opened it knows what it opened
     found = base_fingerprint(model)
     if found != expected:

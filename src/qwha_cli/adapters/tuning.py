@@ -16,7 +16,9 @@ from torch import nn
 from qwha_cli.adapters.adapted_linear import AdaptedLinear, adapted_layers
 from qwha_cli.adapters.base_layer import dense_linear
 from qwha_cli.errors import ModelError
+from qwha_cli.quant.embedding import TiedHead, dequantize_vocabulary
 from qwha_cli.quant.linear import QuantizedLinear
+from qwha_cli.quant.module import PackedModule
 
 _ADAPTER_PREFIXES = (".qwha_", ".lora_")
 
@@ -73,7 +75,7 @@ def _frozen_buffers(tuner: nn.Module) -> list[str]:
     names = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in tuner.named_modules()
-        if isinstance(module, AdaptedLinear | QuantizedLinear)
+        if isinstance(module, AdaptedLinear | PackedModule)
         for name, _ in module.named_buffers()
         if not name.startswith("base_layer.")
     ]
@@ -97,12 +99,17 @@ def _hand_on_dtype(model: nn.Module) -> None:
 
 
 def _dequantize(model: nn.Module) -> None:
-    """Replace what is still quantized after a merge, layers without an adapter, and remove every sign of a quantized model."""
+    """Replace what is still quantized after a merge: layers without an adapter, and the vocabulary.
+
+    Removes every sign of a quantized model.
+    """
     dtype = model_dtype(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, QuantizedLinear):
+            # a head without codes of its own needs its embedding
+            if isinstance(child, QuantizedLinear) and not isinstance(child, TiedHead):
                 setattr(parent, name, dense_linear(child.weight_in_weight_basis(dtype).detach(), child.bias))
+    dequantize_vocabulary(model, dtype)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -3,10 +3,13 @@
     gptq    scale · (code − zero)        computed exactly in float32: a float16 scale times a number of at most 8 bits
     nf4     table[code] · scale          computed in float32
 
-Both are rounded once to the dtype asked for. The layouts are in codes.py. Nothing here leaves the basis of the codes.
+Both are rounded once to the dtype asked for. The layouts are in codes.py. Nothing here leaves the basis of the codes. Of the
+layout gptq some rows can be had alone, the same to the bit: of a vocabulary nobody wants all at once.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -42,6 +45,67 @@ def dequantize(codes: Codes, dtype: torch.dtype, *, backend: Requested = "auto")
     return _nf4(codes, dtype) if codes.layout == "nf4" else _gptq(codes, dtype)
 
 
+def dequantize_span(codes: Codes, start: int, stop: int, dtype: torch.dtype, *, backend: Requested = "auto") -> Tensor:
+    """Neighbouring rows of the dense matrix.
+
+    Args:
+        codes: Of the layout gptq.
+        start: The first row, a multiple of 32, where words of zero points begin whatever their width.
+        stop: The row behind the last; past the end it is the end.
+        dtype: As for `dequantize`.
+        backend: As for `dequantize`.
+
+    Returns:
+        (stop − start, in), a tensor of its own.
+
+    Raises:
+        KernelError: Another layout or start, or a backend as in `dequantize`.
+    """
+    _check_rows(codes)
+    if start % 32:
+        raise KernelError(f"a span of rows begins at a multiple of 32, not at {start}", where=OP)
+    stop = min(stop, codes.shape[0])
+    words = slice(start * codes.zero_bits // 32, -(-stop * codes.zero_bits // 32))
+    # views, which only kernels that ask for strides can read: they do not leave this file
+    part = dataclasses.replace(
+        codes,
+        codes=codes.codes[:, start:stop],
+        scales=codes.scales[:, start:stop],
+        zeros=codes.zeros[:, words],
+        shape=(stop - start, codes.shape[1]),
+    )
+    return dequantize(part, dtype, backend=backend)
+
+
+def gather_rows(codes: Codes, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Chosen rows of the dense matrix, read from the codes of these rows alone. Never waits for the device.
+
+    Args:
+        codes: Of the layout gptq, with zero points that no two bytes share (2, 4 or 8 bits).
+        rows: (n,) int64, same device, each in the matrix.
+        dtype: Of the result.
+
+    Returns:
+        (n, in), a tensor of its own.
+
+    Raises:
+        KernelError: Another layout or width.
+    """
+    _check_rows(codes)
+    if 8 % codes.zero_bits:
+        raise KernelError(f"rows with zero points of {codes.zero_bits} bits cannot be read alone", where=OP)
+    places = rows * codes.zero_bits
+    bytes_ = codes.zeros.view(torch.uint8).index_select(1, places // 8)
+    zeros = (bytes_ >> (places % 8).to(torch.uint8)) & ((1 << codes.zero_bits) - 1)
+    numbers = unpack(codes.codes.index_select(1, rows).T, bits=codes.bits, count=codes.shape[1])
+    return _values(codes, numbers, codes.scales.index_select(1, rows).T, zeros.T, dtype)
+
+
+def _check_rows(codes: Codes) -> None:
+    if codes.layout != "gptq":
+        raise KernelError(f"rows of the layout {codes.layout} cannot be read alone", where=OP)
+
+
 def dense_base(base: Codes | Tensor, dtype: torch.dtype, *, backend: Requested = "auto") -> Tensor:
     """A frozen weight (out, in), quantized or not, as a dense one. May be the tensor given: not to be written to."""
     return base.to(dtype) if isinstance(base, Tensor) else dequantize(base, dtype, backend=backend)
@@ -61,16 +125,19 @@ def uses_triton(op: str, dtype: torch.dtype, device: torch.device, backend: Requ
 
 
 def _gptq(codes: Codes, dtype: torch.dtype) -> Tensor:
-    out_features, in_features = codes.shape
-    numbers = unpack(codes.codes.T, bits=codes.bits, count=in_features)
-    zeros = unpack(codes.zeros, bits=codes.zero_bits, count=out_features).T
-    scales = codes.scales.T
+    numbers = unpack(codes.codes.T, bits=codes.bits, count=codes.shape[1])
+    zeros = unpack(codes.zeros, bits=codes.zero_bits, count=codes.shape[0]).T
+    return _values(codes, numbers, codes.scales.T, zeros, dtype)
+
+
+def _values(codes: Codes, numbers: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes (n, in) as numbers, by scales and stored zero points (n, groups) of their rows."""
     exact = torch.promote_types(dtype, torch.float32)
-    values = numbers.view(out_features, scales.shape[1], -1).to(exact)
+    values = numbers.view(*scales.shape, codes.group_size).to(exact)
     fine = 1 << (codes.zero_bits - codes.bits)
     values.sub_(zeros.unsqueeze(-1) if fine == 1 else zeros.to(exact).div_(fine).unsqueeze(-1))
     values.mul_(scales.unsqueeze(-1))
-    return values.view(codes.shape).to(dtype)
+    return values.view(numbers.shape).to(dtype)
 
 
 def _nf4(codes: Codes, dtype: torch.dtype) -> Tensor:

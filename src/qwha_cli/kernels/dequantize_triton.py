@@ -98,12 +98,14 @@ def launch(weight: Tensor, base: Codes | Tensor | None, entries: tuple[Tensor, P
         slots = min(max(triton.next_power_of_2(5 * len(places) // (4 * rows * grid[1]) + 1), 16), 128)
     if isinstance(base, Codes):
         tensors = (base.codes, base.scales, base.zeros)
+        # a span of a matrix's rows lies between others
+        strides = (base.codes.stride(0), base.zeros.stride(0)) if base.layout == "gptq" else (0, 0)
         kind, bits, zero_bits, group = base.layout, base.bits, base.zero_bits, base.group_size
     else:
-        tensors = (weight if base is None else base, weight, weight)
+        tensors, strides = (weight if base is None else base, weight, weight), (0, 0)
         kind, bits, zero_bits, group = "zeros" if base is None else "dense", 0, 0, 1
     _write[grid](
-        weight, *tensors, *lists, rows, columns, span,
+        weight, *tensors, *lists, rows, columns, span, *strides,
         KIND=kind, BITS=bits, ZERO_BITS=zero_bits, GROUP=group, UNIT=min(group & -group, config.columns),
         SPARSE=entries is not None,
         ROWS=config.rows, COLUMNS=config.columns, SLOTS=slots, STAGES=config.stages,
@@ -132,36 +134,36 @@ def _word(ptr, row, word, stride, mask):
 
 
 @triton.jit
-def _gptq_codes(ptr, row, inside, start, rows, columns, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gptq_codes(ptr, row, inside, start, stride, columns, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile of codes; zero outside of the matrix."""
     words = (columns * BITS + 31) // 32
     i = tl.arange(0, COLUMNS)
     if BITS == 3:
         word = (start // 32 + tl.arange(0, COLUMNS // 32))[None, :] * 3
-        first = _repeat(_word(ptr, row, word, rows, inside & (word < words)), 32)
-        second = _repeat(_word(ptr, row, word + 1, rows, inside & (word + 1 < words)), 32)
-        third = _repeat(_word(ptr, row, word + 2, rows, inside & (word + 2 < words)), 32)
+        first = _repeat(_word(ptr, row, word, stride, inside & (word < words)), 32)
+        second = _repeat(_word(ptr, row, word + 1, stride, inside & (word + 1 < words)), 32)
+        third = _repeat(_word(ptr, row, word + 2, stride, inside & (word + 2 < words)), 32)
         bit = ((i % 32) * 3)[None, :]
         low = tl.where(bit < 32, first, tl.where(bit < 64, second, third))
         found = _straddling(low, tl.where(bit < 32, second, third), (bit % 32).to(tl.uint32))
     else:
         per: tl.constexpr = 32 // BITS
         word = (start // per + tl.arange(0, COLUMNS // per))[None, :]
-        found = _repeat(_word(ptr, row, word, rows, inside & (word < words)), per)
+        found = _repeat(_word(ptr, row, word, stride, inside & (word < words)), per)
         found = found >> ((i % per) * BITS)[None, :].to(tl.uint32)
     return found & ((1 << BITS) - 1)
 
 
 @triton.jit
-def _gptq_grid(scales_ptr, zeros_ptr, row, group, inside, rows, BITS: tl.constexpr, ZERO_BITS: tl.constexpr):
+def _gptq_grid(scales_ptr, zeros_ptr, row, group, inside, rows, stride, zero_stride, BITS: tl.constexpr, ZERO_BITS: tl.constexpr):
     """Scales, and minus scale times zero, both exact in float32."""
-    scale = tl.load(scales_ptr + group * rows + row, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scales_ptr + group * stride + row, mask=inside, other=0.0).to(tl.float32)
     words = (rows * ZERO_BITS + 31) // 32
     bit = row * ZERO_BITS
     word, shift = bit // 32, (bit % 32).to(tl.uint32)
-    zero = _word(zeros_ptr, word, group, words, inside)
+    zero = _word(zeros_ptr, word, group, zero_stride, inside)
     if ZERO_BITS == 3:
-        zero = _straddling(zero, _word(zeros_ptr, word + 1, group, words, inside & (word + 1 < words)), shift)
+        zero = _straddling(zero, _word(zeros_ptr, word + 1, group, zero_stride, inside & (word + 1 < words)), shift)
     else:
         zero = zero >> shift
     zero = (zero & ((1 << ZERO_BITS) - 1)).to(tl.float32) * (1.0 / (1 << (ZERO_BITS - BITS)))
@@ -170,7 +172,7 @@ def _gptq_grid(scales_ptr, zeros_ptr, row, group, inside, rows, BITS: tl.constex
 
 @triton.jit
 def _tile(
-    base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns,
+    base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns, stride, zero_stride,
     KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -186,8 +188,10 @@ def _tile(
         unit = start + (tl.arange(0, COLUMNS // UNIT) * UNIT)[None, :]
         in_units = inside & (unit < columns)
         if KIND == "gptq":
-            code = _gptq_codes(base_ptr, row, inside, start, rows, columns, BITS, COLUMNS)
-            scale, shift = _gptq_grid(scales_ptr, zeros_ptr, row, unit // GROUP, in_units, rows, BITS, ZERO_BITS)
+            code = _gptq_codes(base_ptr, row, inside, start, stride, columns, BITS, COLUMNS)
+            scale, shift = _gptq_grid(
+                scales_ptr, zeros_ptr, row, unit // GROUP, in_units, rows, stride, zero_stride, BITS, ZERO_BITS
+            )
             return tl.fma(code.to(tl.float32), _repeat(scale, UNIT), _repeat(shift, UNIT))
         else:
             pair = start + (tl.arange(0, COLUMNS // 2) * 2)[None, :]
@@ -199,7 +203,7 @@ def _tile(
 
 @triton.jit
 def _at(
-    base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns,
+    base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns, stride, zero_stride,
     KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The base at single places, in float32."""
@@ -210,14 +214,14 @@ def _at(
         return tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
     elif KIND == "gptq":
         word, shift = column * BITS // 32, (column * BITS % 32).to(tl.uint32)
-        code = _word(base_ptr, row, word, rows, mask)
+        code = _word(base_ptr, row, word, stride, mask)
         if BITS == 3:
-            more = _word(base_ptr, row, word + 1, rows, mask & (word + 1 < (columns * BITS + 31) // 32))
+            more = _word(base_ptr, row, word + 1, stride, mask & (word + 1 < (columns * BITS + 31) // 32))
             code = _straddling(code, more, shift)
         else:
             code = code >> shift
         code = (code & ((1 << BITS) - 1)).to(tl.float32)
-        scale, offset = _gptq_grid(scales_ptr, zeros_ptr, row, column // GROUP, mask, rows, BITS, ZERO_BITS)
+        scale, offset = _gptq_grid(scales_ptr, zeros_ptr, row, column // GROUP, mask, rows, stride, zero_stride, BITS, ZERO_BITS)
         return tl.fma(code, scale, offset)
     else:
         byte = tl.load(base_ptr + place // 2, mask=mask, other=0).to(tl.int32)
@@ -238,7 +242,7 @@ def _entries(values_ptr, columns_ptr, begin, end, start, factor, SLOTS: tl.const
 @triton.jit
 def _write(
     weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor, rows, columns, span,
-    KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
+    stride, zero_stride, KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
     SPARSE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +257,7 @@ def _write(
     first = tl.program_id(1) * span
     for start in tl.range(first, tl.minimum(first + span, columns), COLUMNS, num_stages=STAGES):
         tile = _tile(
-            base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns,
+            base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns, stride, zero_stride,
             KIND, BITS, ZERO_BITS, GROUP, UNIT, COLUMNS,
         )  # fmt: skip
         at = start + tl.arange(0, COLUMNS)[None, :]
@@ -263,7 +267,10 @@ def _write(
         tl.debug_barrier()
         most = tl.max(end - begin)
         for start in range(0, most, SLOTS):
-            value += _at(base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns, KIND, BITS, ZERO_BITS, GROUP)
+            value += _at(
+                base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns, stride, zero_stride,
+                KIND, BITS, ZERO_BITS, GROUP,
+            )  # fmt: skip
             entry_ptr = weight_ptr + row.to(tl.int64) * columns + column
             tl.store(entry_ptr, value.to(weight_ptr.dtype.element_ty), mask=mask)
             mask, column, value = _entries(values_ptr, columns_ptr, begin, end, start + SLOTS, factor, SLOTS)

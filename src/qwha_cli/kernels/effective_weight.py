@@ -86,7 +86,7 @@ def build_weight(
         spectrum = _in_triton(None, values, places, dtype, scale)
     else:
         flat = torch.zeros(places.shape[0] * places.shape[1], dtype=dtype, device=values.device)
-        spectrum = flat.index_add_(0, places.flat_index, (values * scale).to(dtype)).view(places.shape)
+        spectrum = flat.index_add_(0, places.flat_index, _scaled(values, scale, dtype)).view(places.shape)
     dense = dense_base(base, dtype, backend=backend)
     return wht(spectrum, transpose=True, add=dense, backend=transform_backend(backend))
 
@@ -121,6 +121,11 @@ def gather_entries(matrix: Tensor, places: Places, *, scale: float, backend: Req
     return found.to(torch.promote_types(matrix.dtype, torch.float32)) * scale
 
 
+def _scaled(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Values times the factor, rounded once: a product in bfloat16 would round before."""
+    return (values.to(torch.promote_types(values.dtype, torch.float32)) * scale).to(dtype)
+
+
 def _in_triton(base: Codes | Tensor | None, values: Tensor, places: Places, dtype: torch.dtype, scale: float) -> Tensor:
     from qwha_cli.kernels import effective_weight_triton
 
@@ -132,7 +137,7 @@ def _in_torch(base: Codes | Tensor, values: Tensor, places: Places, dtype: torch
     weight = dense_base(base, exact, backend="torch")
     # dequantized codes are ours to write into, the caller's tensor is not
     weight = weight.clone(memory_format=torch.contiguous_format) if weight is base else weight.contiguous()
-    weight.view(-1).index_add_(0, places.flat_index, (values * scale).to(exact))
+    weight.view(-1).index_add_(0, places.flat_index, _scaled(values, scale, exact))
     return weight.to(dtype)
 
 

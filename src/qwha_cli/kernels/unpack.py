@@ -85,7 +85,7 @@ def unpack(packed: Tensor, *, bits: int, count: int) -> Tensor:
         return _unpack_three(stream)[:, :count]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     codes = (stream.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return codes.view(packed.shape[0], -1)[:, :count]
+    return codes.flatten(1)[:, :count]
 
 
 def _unpack_three(stream: Tensor) -> Tensor:

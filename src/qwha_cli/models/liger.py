@@ -4,7 +4,8 @@ Norms, gated activations and rotary embeddings become one kernel each where lige
 product with the vocabulary, the softmax and the loss become one function that takes a few hundred tokens at a time and leaves
 the gradient of the hidden states only: 8,192 tokens and a vocabulary of 128,256 words make 2 GB of logits and as much of
 gradients. For that the head is exchanged for one that hands the hidden states on, which fits every model whose logits are its
-head's output and nothing more. Liger's kernels run on CUDA devices; the package is in the extra `gpu`.
+head's output and nothing more. Of a head in codes some thousand words at a time are made dense, never all. Liger's kernels run on
+CUDA devices; the package is in the extra `gpu`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from qwha_cli.errors import UsageError
+from qwha_cli.kernels.backend import Requested
+from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.wide_linear import wide_gradient, wide_product
+from qwha_cli.quant.linear import QuantizedLinear
 
 Kernels = Literal["auto", "torch", "liger"]
 # An eighth of a batch's tokens at once, so that its logits stay small beside its activations. With less than 256 products are
@@ -91,10 +96,9 @@ class FusedHead(nn.Module):
         head: The head, whose weight is shared, not copied.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear | QuantizedLinear) -> None:
         super().__init__()
-        self.weight = head.weight
-        self.bias: Tensor | None = head.bias
+        self.head = head
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the hidden states as they are."""
@@ -112,9 +116,13 @@ class FusedHead(nn.Module):
         """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        bias = None if self.head.bias is None else self.head.bias.detach().to(dtype)
         with torch.autocast(kind, enabled=False):
-            loss: Tensor = _FrozenHeadLoss.apply(hidden.to(dtype), self.weight.detach().to(dtype), bias, targets)
+            if isinstance(self.head, QuantizedLinear):
+                weight, backend = self.head.operand(dtype), self.head.backend
+            else:
+                weight, backend = self.head.weight.detach().to(dtype), "auto"
+            loss: Tensor = _FrozenHeadLoss.apply(hidden.to(dtype), weight, bias, targets, backend)
         return loss
 
 
@@ -126,17 +134,29 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden: Tensor,
+        weight: Tensor | Codes,
+        bias: Tensor | None,
+        targets: Tensor,
+        backend: Requested,
+    ) -> Tensor:
         wanted: bool = ctx.needs_input_grad[0]
         losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
         for part in _parts(hidden.shape[0]):
-            logits = hidden[part] @ weight.mT
+            logits = (
+                hidden[part] @ weight.mT if isinstance(weight, Tensor) else wide_product(hidden[part], weight, backend=backend)
+            )
             if bias is not None:
                 logits += bias
             _cross_entropy_in_place(logits, targets[part], losses[part], gradients=wanted)
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[part])
+                if isinstance(weight, Tensor):
+                    torch.mm(logits, weight, out=gradient[part])
+                else:
+                    gradient[part] = wide_gradient(logits, weight, backend=backend)
             # else the next part's would be made beside them
             del logits
         ctx.save_for_backward(gradient)
@@ -144,15 +164,15 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:  # noqa: ANN401  # pyright: ignore
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # noqa: ANN401  # pyright: ignore
         (gradient,) = ctx.saved_tensors
         if gradient is None:
-            return None, None, None, None
+            return None, None, None, None, None
         scaled = torch.empty_like(gradient)
         for part in _parts(len(gradient)):
             # in float32: half precision would round the factor itself, 1 / number of tokens, the same way for every token
             scaled[part] = gradient[part].float().mul_(grad_outputs[0])
-        return scaled, None, None, None
+        return scaled, None, None, None, None
 
 
 def _parts(tokens: int) -> list[slice]:
@@ -180,7 +200,7 @@ def _cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, *, 
 @contextlib.contextmanager
 def fused_head(model: PreTrainedModel) -> Generator[FusedHead]:
     """Put a FusedHead in the head's place for the block."""
-    head = cast(nn.Linear, model.get_output_embeddings())
+    head = cast("nn.Linear | QuantizedLinear", model.get_output_embeddings())
     fused = FusedHead(head)
     model.set_output_embeddings(fused)
     try:

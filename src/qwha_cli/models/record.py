@@ -6,6 +6,7 @@ own decoder runs once with recorders in place of its blocks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from qwha_cli.errors import ModelError
 from qwha_cli.models.targets import SUPPORTED
 from qwha_cli.models.weights import Weights, drop, fill
+from qwha_cli.quant.embedding import QuantizedEmbedding
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,14 @@ def record(
         if weights is not None:  # embeddings and what else lies before the blocks, which are not submodules now
             fill(owner, decoder, weights, device="cpu", dtype=None)
         embed = cast("Callable[[], nn.Module]", getattr(owner, "get_input_embeddings"))()  # noqa: B009 - not known to nn.Module
+        if isinstance(embed, QuantizedEmbedding):
+            # its rows are made anew: in float32 they need not have been rounded before
+            embed.to(dtype)
+        home = next(itertools.chain(embed.parameters(), embed.buffers())).device
         for batch in tokens.split(batch_size):
             seen.clear()
             with torch.no_grad():
-                inputs = embed(batch.to(next(embed.parameters()).device))
+                inputs = embed(batch.to(home))
                 # rotary tables take the dtype of the embeddings: never coarser than the weights or the walk
                 inputs = inputs.float() if dtype == torch.float32 else inputs
                 with suppress(_AllRecorded):

@@ -23,7 +23,7 @@ from qwha_cli.models.targets import SUPPORTED, find_targets
 from qwha_cli.models.weights import FileWeights, MemoryWeights, Weights
 from qwha_cli.quant.checkpoint import check_config, tied_names
 from qwha_cli.quant.packed import Basis
-from qwha_cli.quant.transformers_plugin import QwhaQuantizationConfig, put_quantized_layers
+from qwha_cli.quant.transformers_plugin import QwhaQuantizationConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -124,7 +124,7 @@ def open_base(folder: Path) -> OpenModel:
     described = QwhaQuantizationConfig(**config.quantization_config)
     described.check_hadamard()
     skeleton = make_skeleton(config, folder)
-    put_quantized_layers(skeleton, described.modules, format=described.format)
+    described.prepare(skeleton)
     weights = FileWeights(folder, aliases=tied_names(skeleton))
     digest = str(described.fingerprint)
     return OpenModel(skeleton, weights, load_tokenizer(folder), str(folder), resident=False, identify=lambda: digest)

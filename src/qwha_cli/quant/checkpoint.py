@@ -1,7 +1,7 @@
 """Quantized models on disk: an ordinary Hugging Face folder whose config says which linears are packed, and how.
 
     config.json             with quantization_config: quant_method "qwha", format, module names, fingerprint, Hadamard digests
-    model*.safetensors      packed tensors under the layers' names, everything else in the model's dtype; tied weights once
+    model*.safetensors      packed tensors under the modules' names, everything else in the model's dtype; tied weights once
     generation_config.json, tokenizer files
 
 The integer codes lie there as GPTQ's format v2 has them, without g_idx (groups are consecutive). A model larger than the memory
@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from qwha_cli.artifacts.tensors import join, write_tensors
 from qwha_cli.errors import ArtifactError, ModelError
-from qwha_cli.quant.fingerprint import PackedLayer, fingerprint, quantized_layers
+from qwha_cli.quant.embedding import TiedHead, Vocabulary, vocabulary_in
+from qwha_cli.quant.fingerprint import PackedLayer, fingerprint, packed_modules, quantized_layers
 from qwha_cli.quant.packed import QuantFormat
 from qwha_cli.quant.transformers_plugin import METHOD, QwhaQuantizationConfig, register
 
@@ -56,7 +57,10 @@ def save_base(
     Raises:
         ModelError: No layer is quantized, or one has another format.
     """
-    layers = quantized_layers(model)
+    vocabulary = vocabulary_in(model)
+    apart = () if vocabulary is None else (vocabulary.embedding, vocabulary.head)
+    layers = {name: layer for name, layer in quantized_layers(model).items() if name not in apart}
+    words = {name: module.packed().digest() for name, module in packed_modules(model).items() if name in apart}
     for name, layer in layers.items():
         if layer.format != format:
             raise ModelError(
@@ -78,6 +82,8 @@ def save_base(
             layers=packed,
             format=format,
             tokenizer=tokenizer,
+            vocabulary=vocabulary,
+            words=words,
             shard_bytes=shard_bytes,
         )
 
@@ -91,6 +97,8 @@ def assemble(
     layers: Mapping[str, PackedLayer],
     format: QuantFormat,
     tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: Vocabulary | None = None,
+    words: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Make a folder of tensors that were written before.
@@ -100,9 +108,11 @@ def assemble(
         parts: safetensors files that together hold every tensor of the model once.
         model: Its configuration is written; its tensors are not read.
         dtype: Number format of what is not quantized, for the configuration.
-        layers: What is quantized, by full name.
-        format: Of all quantized layers.
+        layers: What is quantized in the blocks, by full name.
+        format: Of all these layers.
         tokenizer: Written beside the model; None writes none.
+        vocabulary: Embedding and head, where they are in codes.
+        words: Digests of the modules that are `vocabulary.owners`.
         shard_bytes: Most bytes of a weight file.
 
     Raises:
@@ -111,7 +121,7 @@ def assemble(
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
-    config.quantization_config = QwhaQuantizationConfig.describing(layers, format)
+    config.quantization_config = QwhaQuantizationConfig.describing(layers, format, vocabulary=vocabulary, words=words)
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -123,7 +133,8 @@ def assemble(
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Names of weights that a file does not hold because they are others' too: the head's to the embedding's."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    # a head that reads the embedding's codes has no tensor of its own
+    if head is None or isinstance(head, TiedHead) or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return {}
     names = {id(module): name for name, module in model.named_modules()}
     return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}

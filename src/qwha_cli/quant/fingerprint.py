@@ -1,4 +1,4 @@
-"""One number for a quantized base: which codes, scales and zeros its layers hold, whatever is wrapped around them.
+"""One number for a quantized base: which codes, scales and zeros its modules hold, whatever is wrapped around them.
 
 An adapter is right only on the base that it was computed for; its config carries this fingerprint. What can change without
 changing the base is left out: the dtype of everything that is not packed (biases too), the device, and the names that peft adds.
@@ -14,6 +14,7 @@ from torch import nn
 
 from qwha_cli.errors import ModelError
 from qwha_cli.quant.linear import QuantizedLinear
+from qwha_cli.quant.module import PackedModule
 
 # inserted into module paths by peft's tuner layers and by torch.compile
 _WRAPPERS = frozenset({"base_layer", "_orig_mod"})
@@ -21,7 +22,7 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256, as 64 hexadecimal digits, over format and tensors of every QuantizedLinear in the order of their names.
+    """SHA-256, as 64 hexadecimal digits, over format and tensors of everything in codes in the order of its names.
 
     Args:
         model: A transformers model, or a PeftModel around one; adapters and wrappers do not count. No tensor on the meta device.
@@ -29,7 +30,7 @@ def fingerprint(model: nn.Module) -> str:
     Raises:
         ModelError: There is no quantized layer.
     """
-    return combined({base_name(name): layer.packed().digest() for name, layer in quantized_layers(model).items()})
+    return combined({base_name(name): module.packed().digest() for name, module in packed_modules(model).items()})
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ def combined(digests: Mapping[str, str]) -> str:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Every QuantizedLinear of a model by its full name, wrappers included."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """Every module of a model that has codes of its own, linear layers and embeddings, by its full name, wrappers included."""
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    return {name: module for name, module in packed.items() if module.source is module}
 
 
 def base_name(name: str) -> str:

@@ -23,7 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qwha_cli.errors import ArtifactError
 from qwha_cli.kernels.hadamard import plan
-from qwha_cli.quant.fingerprint import PackedLayer, base_name, combined, fingerprint, quantized_layers
+from qwha_cli.quant.embedding import Vocabulary, put_vocabulary
+from qwha_cli.quant.fingerprint import PackedLayer, base_name, combined, fingerprint, packed_modules
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.packed import QuantFormat
 from qwha_cli.quant.swap import replace
@@ -43,10 +44,12 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
         sym: Whether the zero point is fixed in the middle.
         basis: What the codes stand for.
         zero_bits: Bits of a stored zero point; None as many as the codes.
-        checkpoint_format: Layout of the tensors: `gptq_v2`, `bitsandbytes` for nf4, or `qwha`: gptq_v2 with fine zero points.
-        modules: Full names of the quantized linears.
+        checkpoint_format: Layout of the tensors: `gptq_v2`, `bitsandbytes` for nf4, or `qwha`: gptq_v2 with something that its
+            readers do not know, fine zero points or a vocabulary in codes.
+        modules: Full names of the quantized linears of the blocks.
         fingerprint: SHA-256 over all packed tensors.
         hadamard: Input size (as text) to digest of its Hadamard matrix; empty in the weight basis.
+        vocabulary: Which modules are embedding and head in codes, and their format, see `Vocabulary`; None for neither.
         **unknown: Fields of other versions, ignored.
     """
 
@@ -62,6 +65,7 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
         modules: list[str] | None = None,
         fingerprint: str | None = None,
         hadamard: dict[str, str] | None = None,
+        vocabulary: dict[str, object] | None = None,
         **unknown: object,
     ) -> None:
         # transformers annotates an enum of its own methods, but compares strings
@@ -76,10 +80,24 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
         self.modules = list(modules or [])
         self.fingerprint = fingerprint
         self.hadamard = dict(hadamard or {})
+        self.vocabulary = vocabulary
 
     @classmethod
-    def describing(cls, layers: Mapping[str, PackedLayer], format: QuantFormat) -> QwhaQuantizationConfig:
+    def describing(
+        cls,
+        layers: Mapping[str, PackedLayer],
+        format: QuantFormat,
+        *,
+        vocabulary: Vocabulary | None = None,
+        words: Mapping[str, str] | None = None,
+    ) -> QwhaQuantizationConfig:
         """The config of a model with these quantized layers, by full name, all of one format.
+
+        Args:
+            layers: The linears of the blocks.
+            format: Theirs.
+            vocabulary: Embedding and head, where they are in codes.
+            words: Digests of the modules that are `vocabulary.owners`.
 
         Raises:
             ModelError: No layer is quantized.
@@ -92,10 +110,11 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
             sym=format.symmetric,
             basis=format.basis,
             zero_bits=format.zero_bits,
-            checkpoint_format=checkpoint_format(format),
+            checkpoint_format=checkpoint_format(format, vocabulary=vocabulary is not None),
             modules=sorted(layers),
-            fingerprint=combined({base_name(name): layer.digest for name, layer in layers.items()}),
+            fingerprint=combined({base_name(name): layer.digest for name, layer in layers.items()} | dict(words or {})),
             hadamard={str(size): plan(size).digest for size in sorted(sizes)},
+            vocabulary=None if vocabulary is None else vocabulary.to_dict(),
         )
 
     @property
@@ -114,6 +133,17 @@ class QwhaQuantizationConfig(QuantizationConfigMixin):
             "zero_bits": self.zero_bits,
         }
         return QuantFormat.from_dict(names)
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Put empty modules on the meta device into a skeleton, wherever the model has codes.
+
+        Raises:
+            ArtifactError: It is the skeleton of another model, or a field is missing.
+            ModelError: A layer's inputs are no whole number of groups.
+        """
+        put_quantized_layers(model, self.modules, format=self.format)
+        if self.vocabulary is not None:
+            put_vocabulary(model, Vocabulary.from_dict(self.vocabulary))
 
     def check_hadamard(self) -> None:
         """Refuse codes that were made with other Hadamard matrices than this version constructs.
@@ -142,11 +172,11 @@ class QwhaQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:  # noqa: ANN401
         config = cast(QwhaQuantizationConfig, self.quantization_config)
-        put_quantized_layers(model, config.modules, format=config.format)
+        config.prepare(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:  # noqa: ANN401
         config = cast(QwhaQuantizationConfig, self.quantization_config)
-        layers = quantized_layers(model).values()
+        layers = packed_modules(model).values()
         if any(buffer.is_meta for layer in layers for buffer in layer.buffers()):
             return model  # offloaded to disk: nothing here to be read
         found = fingerprint(model)
@@ -169,8 +199,15 @@ class QwhaQuantizer(HfQuantizer):
         return True
 
 
-def checkpoint_format(format: QuantFormat) -> str:
-    """What other packages would call the tensors; `qwha` where they would read them wrongly."""
+def checkpoint_format(format: QuantFormat, *, vocabulary: bool = False) -> str:
+    """What other packages would call the tensors; `qwha` where they would read them wrongly, or not find what they look for.
+
+    Args:
+        format: Of the linear layers.
+        vocabulary: Whether embedding and head are in codes, which no other package expects.
+    """
+    if vocabulary:
+        return METHOD
     if format.layout == "nf4":
         return "bitsandbytes"
     return "gptq_v2" if format.zero_bits == format.bits else "qwha"

@@ -83,7 +83,7 @@ class CalibrationSection(Section):
 
 
 class QuantizeSection(Section):
-    """How the linear layers of the decoder blocks become 2, 3 or 4 bits."""
+    """How the linear layers of the decoder blocks become 2, 3 or 4 bits, and the vocabulary perhaps 8."""
 
     method: Annotated[Literal["gptq", "nf4", "rtn"], Field(description="Algorithm.")]
     bits: Annotated[Literal[2, 3, 4], Field(description="Bits a weight; `nf4` has 4.")]
@@ -120,6 +120,10 @@ class QuantizeSection(Section):
         ),
     ] = "none"
     reconstruct_epochs: Annotated[Count, Field(description="Passes over the calibration text while reconstructing.")] = 4
+    embedding_bits: Annotated[
+        Literal[8, 16],
+        Field(description="Bits a number of embedding and head: `16` leaves them as they are, `8` rounds them in groups."),
+    ] = 16
     exclude: Annotated[
         tuple[str, ...], as_tuple(), Field(description="Linear layers of the blocks that stay in 16 bits, by name.")
     ] = ()

@@ -90,7 +90,7 @@ def wins(report: RunReport) -> list[str]:
         _gap(rows, "perplexity_text", "running text"),
         _exact_match(rows),
         _layers(report),
-        _space(rows),
+        _space(report, rows),
         _merge(report),
     ]
     return [sentence for sentence in sentences if sentence]
@@ -161,13 +161,13 @@ def _layers(report: RunReport) -> str:
     )
 
 
-def _space(rows: dict[str, TableRow]) -> str:
+def _space(report: RunReport, rows: dict[str, TableRow]) -> str:
     original = rows.get("16-bit")
     small = rows.get("trained") or rows.get("init") or rows.get("base")
     if original is None or small is None or not original.megabytes or not small.megabytes:
         return ""
     adapter = "" if small.row == "base" else ", adapter included"
-    cost = f"a quantized weight costs {bits(small.bits_per_weight)} bits{adapter}."
+    cost = f"a quantized weight costs {bits(small.bits_per_weight)} bits{adapter}{_vocabulary(report)}."
     ratio = original.megabytes / small.megabytes
     if ratio < 1.05:
         return (
@@ -178,6 +178,13 @@ def _space(rows: dict[str, TableRow]) -> str:
         f"The weights take {megabytes(small.megabytes)}{_GAP}MB instead of {megabytes(original.megabytes)}{_GAP}MB, "
         f"{ratio:.1f} times less; {cost}"
     )
+
+
+def _vocabulary(report: RunReport) -> str:
+    """What embedding and head take, where they are not left in 16 bits."""
+    manifest = report.manifests.get("quantize")
+    stored = number(manifest.results.get("vocabulary_bits_per_weight")) if manifest else None
+    return f", of embedding and head {bits(stored)} bits" if stored is not None else ""
 
 
 def _merge(report: RunReport) -> str:

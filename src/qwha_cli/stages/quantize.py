@@ -2,7 +2,8 @@
 
 Calibration text runs through the already quantized blocks, so each layer is fitted to the inputs it will really see. One block's
 full-precision weights and Gram matrices are in memory at a time: weights come from memory-mapped files, and a finished block goes
-to the work folder at once, where a killed run finds it again.
+to the work folder at once, where a killed run finds it again. Embedding and head go first, if they are quantized at all
+(vocabulary.py).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from qwha_cli.stages.calibrated import (
 from qwha_cli.stages.context import StageContext, write_lines
 from qwha_cli.stages.reconstruct import reconstruct_base
 from qwha_cli.stages.spread import spread
+from qwha_cli.stages.vocabulary import Words, quantize_vocabulary
 
 Quantize = Callable[..., PackedWeight]
 
@@ -53,10 +55,14 @@ def run(context: StageContext) -> dict[str, object]:
     """Quantize the recipe's model and write it as a Hugging Face folder with layers.jsonl; return the summary."""
     recipe = context.recipe
     opened = open_original(context)
+    # asked before the walk, which leaves blocks in the format that it computed in
+    dtype = _stored_dtype(context, opened)
     targets = by_block(opened.model, quantized_targets(opened.model, recipe))
     context.progress(0, 1, "reading calibration text")
     tokens = calibration(context, opened.tokenizer)
+    # of the 16-bit model, so before anything of it is exchanged
     sensitivity = measured_sensitivity(context, opened, tokens)
+    words = quantize_vocabulary(context, opened)
     finished = finished_blocks(context)
     records: list[Record] = []
     beside = opened if recipe.quantize.reconstruct != "none" else None
@@ -71,18 +77,20 @@ def run(context: StageContext) -> dict[str, object]:
     write_lines(context.draft / "layers.jsonl", records)
     context.progress(len(targets), len(targets), "writing the model")
     layers = {cast(str, r["name"]): PackedLayer(cast("list[int]", r["shape"])[1], cast(str, r["digest"])) for r in records}
-    parts = [*_outside_blocks(context, opened), *(finished.tensor_file(index) for index in range(len(targets)))]
+    parts = [*_outside_blocks(context, opened, words), *(finished.tensor_file(index) for index in range(len(targets)))]
     assemble(
         context.draft,
         parts,
         model=opened.model,
-        dtype=_stored_dtype(context, opened),
+        dtype=dtype,
         layers=layers,
         format=_options(recipe).format,
         tokenizer=opened.tokenizer,
+        vocabulary=None if words is None else words.vocabulary,
+        words=None if words is None else words.digests(),
     )
     context.events.layers("quantize", records)
-    return _summary(records, opened)
+    return _summary(records, opened, words) | ({} if words is None else words.results())
 
 
 def quantized_targets(model: nn.Module, recipe: Recipe) -> list[Target]:
@@ -233,16 +241,17 @@ def _block_tensors(context: StageContext, opened: OpenModel, block: Block) -> di
     return found
 
 
-def _outside_blocks(context: StageContext, opened: OpenModel) -> list[Path]:
+def _outside_blocks(context: StageContext, opened: OpenModel, words: Words | None) -> list[Path]:
     """Write what lies outside the blocks (embeddings, norm, head), a file a tensor, and return the files."""
     prefixes = tuple(f"{name}." for name, _ in decoder_blocks(opened.model))
     tied = tied_names(opened.model)
+    packed = {} if words is None else words.tensors()
     parts: list[Path] = []
     for name in opened.model.state_dict():
         if name.startswith(prefixes) or name in tied:
             continue
         path = context.work / f"outside-{len(parts)}.safetensors"
-        write_tensors(path, {name: _as_stored(context, opened.weights.read(name))})
+        write_tensors(path, {name: packed[name] if name in packed else _as_stored(context, opened.weights.read(name))})
         parts.append(path)
     return parts
 
@@ -256,10 +265,11 @@ def _stored_dtype(context: StageContext, opened: OpenModel) -> torch.dtype:
     return context.dtype if context.recipe.model.dtype != "auto" else opened.model.dtype
 
 
-def _summary(records: list[Record], opened: OpenModel) -> dict[str, object]:
+def _summary(records: list[Record], opened: OpenModel, words: Words | None) -> dict[str, object]:
     weights = [float(cast(list[int], r["shape"])[0] * cast(list[int], r["shape"])[1]) for r in records]
     errors = [cast(float, r["error_ratio"]) for r in records]
     bits = sum(cast(float, r["bits_per_weight"]) * n for r, n in zip(records, weights, strict=True)) / sum(weights)
+    others = opened.num_parameters() + (0 if words is None else words.weights)
     worst = max(records, key=lambda r: cast(float, r["error_ratio"]))
     return {
         "layers": len(records),
@@ -269,7 +279,7 @@ def _summary(records: list[Record], opened: OpenModel) -> dict[str, object]:
         "worst_layer": worst["name"],
         "sqnr_db_mean": sum(cast(float, r["sqnr_db"]) for r in records) / len(records),
         "bits_per_weight": bits,
-        "megabytes_16_bit": (opened.num_parameters() + int(sum(weights))) * 2 / 1e6,
+        "megabytes_16_bit": (others + int(sum(weights))) * 2 / 1e6,
         "model_source": opened.source,
         "model_fingerprint": opened.fingerprint,
     }

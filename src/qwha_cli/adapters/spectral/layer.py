@@ -2,9 +2,9 @@
 
     y = x W'ᵀ + b,    W' = Q̂ + α F Hᵀ  (nn.Linear, or codes in the weight basis)  or  (Q̂ + α F) Hᵀ  (codes in the Hadamard basis)
 
-On the layer lie, by adapter name, `qwha_values` float32 (nnz,) — the only trainable tensors — and their places as the stream of
-bytes `qwha_gaps` uint8, see kernels/gaps.py. Parameters are looked up at every call: peft re-creates them. The stream is read
-when a layer is first used and when it is saved, so it stays in host memory whatever device the layer is on.
+On the layer lie, by adapter name, `qwha_values` (nnz,) — the only trainable tensors, see values.py — and their places as the
+stream of bytes `qwha_gaps` uint8, see kernels/gaps.py. Parameters are looked up at every call: peft re-creates them. The stream
+is read when a layer is first used and when it is saved, so it stays in host memory whatever device the layer is on.
 
 This file does not decide which layers get an adapter (model.py) nor how many entries where (places.py, initializers).
 """
@@ -24,6 +24,7 @@ from qwha_cli.adapters.adapted_linear import AdaptedLinear
 from qwha_cli.adapters.base_layer import device_of
 from qwha_cli.adapters.derived import Derived
 from qwha_cli.adapters.spectral.config import Sizes
+from qwha_cli.adapters.spectral.values import Values, frozen, moved, widen_trained
 from qwha_cli.errors import ArtifactError, KernelError
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.effective_weight import Transform, effective_weight
@@ -50,7 +51,7 @@ class SpectralLinear(AdaptedLinear):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.qwha_values = nn.ParameterDict()
+        self.qwha_values = Values()
         # persistent is not the default, and without it the places would silently be missing in the file
         self.qwha_gaps = BufferDict(persistent=True)
         self.qwha_scale: dict[str, float] = {}
@@ -64,7 +65,14 @@ class SpectralLinear(AdaptedLinear):
         return adapter_name in self.qwha_values
 
     def update_layer(
-        self, adapter_name: str, *, start: SparseRows | Sizes, scale: float, transform: Transform, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        *,
+        start: SparseRows | Sizes,
+        scale: float,
+        transform: Transform,
+        inference_mode: bool = False,
+        stored: torch.dtype = torch.float32,
     ) -> None:
         """Add an adapter, or replace the one of that name.
 
@@ -75,12 +83,14 @@ class SpectralLinear(AdaptedLinear):
             scale: α.
             transform: "wht" or "identity".
             inference_mode: Whether its values stay frozen.
+            stored: Number format of the values in the file that is to fill them; frozen ones are held in it.
         """
         self.qwha_scale[adapter_name] = scale
         self.qwha_transform[adapter_name] = transform
         if isinstance(start, Sizes):
             # what a file leaves out shall not go unseen
-            self._put(adapter_name, torch.zeros(start.entries), torch.full((start.gap_bytes,), UNFILLED, dtype=torch.uint8))
+            values = torch.zeros(start.entries, dtype=stored if inference_mode else torch.float32)
+            self._put(adapter_name, values, torch.full((start.gap_bytes,), UNFILLED, dtype=torch.uint8))
         else:
             self.set_rows(adapter_name, start)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -98,27 +108,37 @@ class SpectralLinear(AdaptedLinear):
         """
         if tuple(rows.shape) != (self.out_features, self.in_features):
             raise ArtifactError(f"entries for a layer {tuple(rows.shape)} on one of {(self.out_features, self.in_features)}")
-        self._put(adapter_name, rows.values.detach(), encode_gaps(rows.flat_index(), size=self._size))
+        self._put(adapter_name, rows.values.detach().float(), encode_gaps(rows.flat_index(), size=self._size))
 
     def _put(self, adapter_name: str, values: Tensor, gaps: Tensor) -> None:
         trainable = self.qwha_values[adapter_name].requires_grad if adapter_name in self.qwha_values else True
         device = device_of(self.base_layer)
         # clone: rows is a value, training must not write into the caller's tensor
-        self.qwha_values[adapter_name] = nn.Parameter(values.to(device, torch.float32).clone(), requires_grad=trainable)
+        self.qwha_values[adapter_name] = nn.Parameter(values.to(device).clone(), requires_grad=trainable)
         self.qwha_gaps[adapter_name] = gaps.cpu()
         self._forget()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in peft; values that become trainable become float32."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        widen_trained(self.qwha_values)
+
+    def freeze(self, adapter_name: str) -> None:
+        """Let an adapter's values stay as they are, in bfloat16 if that holds them exactly: as they are loaded for generation."""
+        self.qwha_values[adapter_name] = frozen(self.qwha_values[adapter_name])
+        self._weights.clear()
 
     @property
     def _size(self) -> int:
         return self.out_features * self.in_features
 
     def rows(self, adapter_name: str) -> SparseRows:
-        """F of one adapter as a value, without α, detached.
+        """F of one adapter as a value, without α, detached, float32.
 
         Raises:
             ArtifactError: The stream of its places is damaged, or was never loaded.
         """
-        return self._places((adapter_name,))[0].with_values(self.qwha_values[adapter_name].detach())
+        return self._places((adapter_name,))[0].with_values(self.qwha_values[adapter_name].detach().float())
 
     def _read_places(self, adapter_name: str) -> Places:
         """Where the entries of one adapter lie, read anew from the stream."""
@@ -146,7 +166,7 @@ class SpectralLinear(AdaptedLinear):
         places, entry = self._places(names)
         if entry is None:
             return self.qwha_values[names[0]], places, self.qwha_scale[names[0]]
-        scaled = torch.cat([self.qwha_values[name] * self.qwha_scale[name] for name in names])
+        scaled = torch.cat([self.qwha_values[name].float() * self.qwha_scale[name] for name in names])
         # entries at the same place add up, so that kernels see no place twice
         return scaled.new_zeros(len(places)).index_add(0, entry, scaled), places, 1.0
 
@@ -306,11 +326,7 @@ class SpectralLinear(AdaptedLinear):
         """Like peft's, but without its cast to the base's dtype: on a bfloat16 base that would round float32 values on reload."""
         if self.qwha_values[adapter_name].device.type == "meta":
             return
-        target = device or device_of(self.base_layer)
-        values = self.qwha_values[adapter_name]
-        # float32 also where peft put the file's own bfloat16 tensor in the parameter's place
-        moved = values.detach().to(target, torch.float32)
-        self.qwha_values[adapter_name] = nn.Parameter(moved, requires_grad=values.requires_grad)
+        self.qwha_values[adapter_name] = moved(self.qwha_values[adapter_name], device or device_of(self.base_layer))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralLinear:
         """As nn.Module._apply, but the streams of places stay where they are."""

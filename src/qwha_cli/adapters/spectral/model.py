@@ -74,6 +74,7 @@ class SpectralModel(MergingTuner):
             scale=config.scale,
             transform=config.transform,
             inference_mode=config.inference_mode,
+            stored=store_dtype(config.store),
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -84,6 +85,9 @@ class SpectralModel(MergingTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Peft's version copies `weight` between the two, which packed codes do not have; ours are built on the right device."""
         setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing: what is trained is float32 already, and what is not would only take more memory as such."""
 
     def assign(self, adapter_name: str, rows: Mapping[str, SparseRows]) -> None:
         """Give layers of an adapter their computed start: places and values.
