@@ -124,6 +124,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     "ours, hadamard, keep memory": _ours("hadamard", "memory"),
     "ours, hadamard, keep speed": _ours("hadamard", "speed"),
     "ours, hadamard, 8-bit embeddings": _ours("hadamard", embedding_bits=8),
+    "ours, hadamard, 8-bit embeddings, keep memory": _ours("hadamard", "memory", embedding_bits=8),
 }
 
 
