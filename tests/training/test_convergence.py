@@ -56,8 +56,8 @@ class InBasis(nn.Module):
         )
 
 
-def curve(*, basis: Basis, backend: Requested, device: str, blocks: int) -> list[float]:
-    """The loss of every step."""
+def curve(*, basis: Basis, backend: Requested, device: str, blocks: int, half: bool = False) -> list[float]:
+    """The loss of every step, in float32 or under bfloat16 autocast."""
     loaded = load(MODEL, dtype=torch.float32)
     model, tokenizer = loaded.model, loaded.tokenizer
     # the first blocks of the real model: enough of it to learn with, and quick enough to wait for
@@ -72,7 +72,7 @@ def curve(*, basis: Basis, backend: Requested, device: str, blocks: int) -> list
     for step in range(STEPS):
         batch = pad_batch(encoded[2 * step : 2 * step + 2], pad_id=tokenizer.pad_token_id)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
             loss = token_losses(model, batch).losses.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -95,10 +95,23 @@ def test_both_bases_go_the_same_way() -> None:
     check(*curves, tolerance=1e-3)
 
 
+def distance(one: list[float], other: list[float]) -> float:
+    """How far two curves lie apart, as a share of the area under the first."""
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / sum(one)
+
+
 @needs_model
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("basis", ["weight", "hadamard"])
 def test_both_backends_go_the_same_way(basis: Basis) -> None:
-    curves = [curve(basis=basis, backend=backend, device="cuda", blocks=30) for backend in ("torch", "triton")]
-    check(*curves, tolerance=2e-2)
+    # The whole model learns these problems by heart, to losses of 0.02, where a step's loss says how two roundings have moved
+    # apart and not how well it learns: torch in bfloat16 differs from torch in float32 by up to 30 % in single steps (on a CPU).
+    # So rounding itself is the measure.
+    exact, half = (curve(basis=basis, backend="torch", device="cuda", blocks=30, half=half) for half in (False, True))
+    ours_exact, ours_half = (curve(basis=basis, backend="triton", device="cuda", blocks=30, half=half) for half in (False, True))
+    rounding = distance(exact, half)
+    assert sum(exact[-10:]) < 0.2 * sum(exact[:10])
+    assert rounding < 0.1
+    assert distance(exact, ours_exact) < rounding
+    assert distance(exact, ours_half) < 2 * rounding
