@@ -111,7 +111,8 @@ def rows(a: argparse.Namespace) -> Iterator[dict[str, object]]:
             held = torch.cuda.memory_allocated() if cuda else 0
             decoder = Decoder(model, prompt, a.new, graph=graph)
             tokens, _ = decoder.tokens()
-            taken = statistics.median(decoder.tokens()[1] for _ in range(a.repeats))
+            # launched from Python it takes ten times as long, and varies less than the difference
+            taken = statistics.median(decoder.tokens()[1] for _ in range(a.repeats if graph else 1))
             peak = torch.cuda.max_memory_allocated() if cuda else 0
             agrees = told is None or told == tokens
             told = tokens
