@@ -7,14 +7,16 @@ is constant along a row, the norm, is multiplied after the transform, which is l
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import JITFunction
 
 from qwha_cli.kernels.wht_tiles import Tiles, fused_tiles_for
-from qwha_cli.kernels.wht_triton import as_operands, inner, matrices, operand_dtype, outer
+from qwha_cli.kernels.wht_triton import as_operands, frame, inner, matrices, operand_dtype, outer
 
 
 def norm_forward(
@@ -23,17 +25,11 @@ def norm_forward(
     """z, h as in `fused_wht.norm_wht`, and 1 / rms(h) of every row, float32."""
     x = x.contiguous()
     tiles = tiles or fused_tiles_for("norm" if add is None else "norm of a sum", x.shape[-1])
-    rows = x.numel() // tiles.block
     z = torch.empty(x.shape, dtype=dtype, device=x.device)
     h = x if add is None else torch.empty_like(x)
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    if rows:
-        left, right = matrices(tiles, operand_dtype(dtype), x.device, False)
-        with torch.cuda.device_of(x):
-            _norm_forward[_grid(tiles, rows)](
-                x, x if add is None else add.contiguous(), weight.contiguous(), h, z, scales, left, right, rows, eps,
-                1 / math.sqrt(tiles.block), ADD=add is not None, **_cut(tiles),
-            )  # fmt: skip
+    scales = torch.empty(x.numel() // tiles.block, dtype=torch.float32, device=x.device)
+    tensors = (x, x if add is None else add.contiguous(), weight.contiguous(), h, z, scales)
+    _run(_norm_forward, tiles, (*tensors, eps), dtype=dtype, transpose=False, ADD=add is not None)
     return z, h, scales
 
 
@@ -43,15 +39,9 @@ def norm_backward(
     """The gradient of h, of its dtype, with `dh` added, from that of z."""
     h, dz = h.contiguous(), dz.contiguous()
     tiles = tiles or fused_tiles_for("norm, backward", h.shape[-1])
-    rows = h.numel() // tiles.block
     total = torch.empty_like(h)
-    if rows:
-        left, right = matrices(tiles, operand_dtype(z.dtype), h.device, True)
-        with torch.cuda.device_of(h):
-            _norm_backward[_grid(tiles, rows)](
-                dz, z, h, weight.contiguous(), scales, h if dh is None else dh.contiguous(), total, left, right, rows,
-                1 / math.sqrt(tiles.block), MORE=dh is not None, **_cut(tiles),
-            )  # fmt: skip
+    tensors = (dz, z, h, weight.contiguous(), scales, h if dh is None else dh.contiguous(), total)
+    _run(_norm_backward, tiles, tensors, dtype=z.dtype, transpose=True, MORE=dh is not None)
     return total
 
 
@@ -59,14 +49,8 @@ def gate_forward(gate: Tensor, up: Tensor, *, dtype: torch.dtype, tiles: Tiles |
     """As `fused_wht.gate_wht`."""
     gate, up = gate.contiguous(), up.contiguous()
     tiles = tiles or fused_tiles_for("gate", gate.shape[-1])
-    rows = gate.numel() // tiles.block
     z = torch.empty(gate.shape, dtype=dtype, device=gate.device)
-    if rows:
-        left, right = matrices(tiles, operand_dtype(dtype), gate.device, False)
-        with torch.cuda.device_of(gate):
-            _gate_forward[_grid(tiles, rows)](
-                gate, up, z, left, right, rows, 1 / math.sqrt(tiles.block), **_cut(tiles)
-            )  # fmt: skip
+    _run(_gate_forward, tiles, (gate, up, z), dtype=dtype, transpose=False)
     return z
 
 
@@ -74,24 +58,33 @@ def gate_backward(dz: Tensor, gate: Tensor, up: Tensor, *, tiles: Tiles | None =
     """The gradients of both inputs, where contiguous ones lay."""
     gate, up, dz = gate.contiguous(), up.contiguous(), dz.contiguous()
     tiles = tiles or fused_tiles_for("gate, backward", gate.shape[-1])
-    rows = gate.numel() // tiles.block
-    if rows:
-        left, right = matrices(tiles, operand_dtype(dz.dtype), gate.device, True)
-        with torch.cuda.device_of(gate):
-            _gate_backward[_grid(tiles, rows)](dz, gate, up, left, right, rows, 1 / math.sqrt(tiles.block), **_cut(tiles))
+    _run(_gate_backward, tiles, (dz, gate, up), dtype=dz.dtype, transpose=True)
     return gate, up
 
 
-def _grid(tiles: Tiles, rows: int) -> tuple[int]:
+def _run(
+    kernel: JITFunction[..., None],
+    tiles: Tiles,
+    first: tuple[Tensor | float, ...],
+    *,
+    dtype: torch.dtype,
+    transpose: bool,
+    **flags: bool,
+) -> None:
+    """Launch a kernel whose arguments are its own, `first`, and then those that all have: A, S_q, rows and factor."""
+    like = cast(Tensor, first[0])
+    rows = like.numel() // tiles.block
+    if not rows:
+        return
+    left, right = matrices(tiles, operand_dtype(dtype), like.device, transpose)
     groups = -(-rows // tiles.rows)
-    return (min(groups, tiles.programs or groups),)
-
-
-def _cut(tiles: Tiles) -> dict[str, int | bool]:
-    return {
-        "OUTER": tiles.outer, "TILES": tiles.tiles, "INNER": tiles.inner, "CHUNK": tiles.chunk, "ROWS": tiles.rows,
-        "DOT": tiles.way == "dot", "num_warps": tiles.warps, "num_stages": tiles.stages,
-    }  # fmt: skip
+    # the tensors may lie on another device than the current one
+    with torch.cuda.device_of(like):
+        kernel[(min(groups, tiles.programs or groups),)](
+            *first, left, right, rows, 1 / math.sqrt(tiles.block), **flags,
+            OUTER=tiles.outer, TILES=tiles.tiles, INNER=tiles.inner, CHUNK=tiles.chunk, ROWS=tiles.rows,
+            DOT=tiles.way == "dot", num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -108,18 +101,12 @@ def _along_rows(numbers, CHUNK: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_forward(
-    x_ptr, add_ptr, weight_ptr, sum_ptr, out_ptr, scale_ptr, left_ptr, right_ptr, rows, eps, last, ADD: tl.constexpr,
+    x_ptr, add_ptr, weight_ptr, sum_ptr, out_ptr, scale_ptr, eps, left_ptr, right_ptr, rows, last, ADD: tl.constexpr,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
-    a = tl.arange(0, CHUNK * ROWS) // ROWS
-    row = tl.arange(0, CHUNK * ROWS) % ROWS
-    q = tl.arange(0, INNER)
-    column = (a * (TILES * INNER))[:, None] + q[None, :]
-    corner = tl.arange(0, CHUNK)[:, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, :]
-    left = tl.load(left_ptr + corner)
-    right = tl.load(right_ptr + q[:, None] * INNER + q[None, :]) if DOT else left
+    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
     stride = tl.full((), ROWS * block, tl.int64)
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         start = group * stride
@@ -161,13 +148,7 @@ def _norm_backward(
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
-    a = tl.arange(0, CHUNK * ROWS) // ROWS
-    row = tl.arange(0, CHUNK * ROWS) % ROWS
-    q = tl.arange(0, INNER)
-    column = (a * (TILES * INNER))[:, None] + q[None, :]
-    corner = tl.arange(0, CHUNK)[:, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, :]
-    left = tl.load(left_ptr + corner)
-    right = tl.load(right_ptr + q[:, None] * INNER + q[None, :]) if DOT else left
+    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
     stride = tl.full((), ROWS * block, tl.int64)
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         start = group * stride
@@ -209,13 +190,8 @@ def _gate_forward(
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
-    a = tl.arange(0, CHUNK * ROWS) // ROWS
-    row = tl.arange(0, CHUNK * ROWS) % ROWS
-    q = tl.arange(0, INNER)
-    place = (row * block + a * (TILES * INNER))[:, None] + q[None, :]
-    corner = tl.arange(0, CHUNK)[:, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, :]
-    left = tl.load(left_ptr + corner)
-    right = tl.load(right_ptr + q[:, None] * INNER + q[None, :]) if DOT else left
+    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
+    place = (row * block)[:, None] + column
     stride = tl.full((), ROWS * block, tl.int64)
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         start = group * stride
@@ -246,13 +222,8 @@ def _gate_backward(
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    a = tl.arange(0, CHUNK * ROWS) // ROWS
-    row = tl.arange(0, CHUNK * ROWS) % ROWS
-    q = tl.arange(0, INNER)
-    place = (row * block + a * (TILES * INNER))[:, None] + q[None, :]
-    corner = tl.arange(0, CHUNK)[:, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, :]
-    left = tl.load(left_ptr + corner)
-    right = tl.load(right_ptr + q[:, None] * INNER + q[None, :]) if DOT else left
+    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
+    place = (row * block)[:, None] + column
     stride = tl.full((), ROWS * block, tl.int64)
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         start = group * stride

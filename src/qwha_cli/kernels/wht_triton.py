@@ -142,6 +142,24 @@ def outer(
     return result
 
 
+@triton.jit
+def frame(
+    left_ptr, right_ptr,
+    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """What all groups of rows have alike: a and row of a tile's rows, columns in a chunk, places in A, A's first piece, S_q."""
+    chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
+    # the rows of a tile are (a, row): so the reshape before the product over a moves nothing
+    a = tl.arange(0, CHUNK * ROWS) // ROWS
+    row = tl.arange(0, CHUNK * ROWS) % ROWS
+    q = tl.arange(0, INNER)
+    column = (a * (TILES * INNER))[:, None] + q[None, :]
+    corner = tl.arange(0, CHUNK)[:, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, :]
+    left = tl.load(left_ptr + corner)
+    right = tl.load(right_ptr + q[:, None] * INNER + q[None, :]) if DOT else left
+    return a, row, column, corner, left, right
+
+
 # a single row, or sixteen, is no reason to compile again
 @triton.jit(do_not_specialize=["rows"])
 def _transform(
@@ -152,14 +170,8 @@ def _transform(
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    # the rows of a tile are (a, row): so the reshape before the product over a moves nothing
-    a = tl.arange(0, CHUNK * ROWS) // ROWS
-    row = tl.arange(0, CHUNK * ROWS) % ROWS
-    q = tl.arange(0, INNER)
-    place = (row * block + a * (TILES * INNER))[:, None] + q[None, :]
-    corner = tl.arange(0, CHUNK)[:, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, :]
-    left = tl.load(left_ptr + corner)
-    right = tl.load(right_ptr + q[:, None] * INNER + q[None, :]) if DOT else left
+    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
+    place = (row * block)[:, None] + column
     # large inputs have more numbers than 32 bits count
     stride = tl.full((), ROWS * block, tl.int64)
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
