@@ -265,7 +265,7 @@ def test_a_tiny_model_with_8_bit_embeddings_takes_a_step_of_training() -> None:
         loss = summed_loss(step.model, {"input_ids": ids, "labels": ids}, head=None) / ids.numel()
         loss.backward()
         assert all(parameter.grad is not None for parameter in step.trained)
-        losses[name] = float(loss)
+        losses[name] = float(loss.detach())
     assert losses["ours, hadamard"] != losses[WORDS]
     assert all(0 < loss < 20 for loss in losses.values())
     assert WORDS in bench_memory.DEFAULT_ROWS.split(";")
