@@ -194,10 +194,12 @@ def _tile(
             )
             return tl.fma(code.to(tl.float32), _repeat(scale, UNIT), _repeat(shift, UNIT))
         else:
-            pair = start + (tl.arange(0, COLUMNS // 2) * 2)[None, :]
-            byte = tl.load(base_ptr + (row.to(tl.int64) * columns + pair) // 2, mask=inside & (pair < columns), other=0)
-            code = (_repeat(byte, 2).to(tl.int32) >> (4 - 4 * (column % 2))) & 15
-            scale = tl.load(scales_ptr + (row.to(tl.int64) * columns + unit) // GROUP, mask=in_units, other=0.0)
+            # a row is whole groups, and groups are even: so shifts and halves are known before the kernel runs
+            byte_at = start // 2 + tl.arange(0, COLUMNS // 2)[None, :]
+            half = columns // 2
+            byte = tl.load(base_ptr + row.to(tl.int64) * half + byte_at, mask=inside & (byte_at < half), other=0)
+            code = (_repeat(byte, 2).to(tl.int32) >> (4 - 4 * (tl.arange(0, COLUMNS) % 2))[None, :]) & 15
+            scale = tl.load(scales_ptr + row.to(tl.int64) * (columns // GROUP) + unit // GROUP, mask=in_units, other=0.0)
             return tl.load(zeros_ptr + code) * _repeat(scale, UNIT)
 
 
