@@ -211,18 +211,27 @@ def test_triton_interpreted_is_the_dense_reference() -> None:
     assert run_interpreted(_INTERPRETED) == "interpreted 66 12"
 
 
+# the interpreter has seen all sizes; on a card every size, dtype and number of tokens is compiled anew, seconds each
+ON_A_CARD = [(form, torch.bfloat16) for form in FORMATS]
+ON_A_CARD += [(FORMATS[i], dtype) for i in (1, 2, 6) for dtype in (torch.float16, torch.float32)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("form", "dtype"), ON_A_CARD)
 def test_triton_on_a_gpu_is_the_dense_reference(form: tuple[str, int, int], dtype: torch.dtype) -> None:
-    # the interpreter has seen all sizes; here every size and dtype is compiled anew, seconds each
-    for shape in (SIZES[0], SIZES[3], (1000, 3072, 64)):
-        as_reference(form, shape, dtype, "cuda")
+    as_reference(form, SIZES[0], dtype, "cuda", (3,))
+    as_reference(form, (1000, 3072, 64), dtype, "cuda", (1, 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_in_bfloat16_give_the_same_bits_on_a_gpu(dtype: torch.dtype) -> None:
     half_values("cuda", dtype, "triton")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_every_cut_on_a_gpu_gives_the_same() -> None:
-    assert every_cut("cuda", FORMATS, (70, 1280, 64)) == 4 * len(FORMATS)
+    assert every_cut("cuda", FORMATS[1::2], (70, 1280, 64)) == 4 * len(FORMATS[1::2])
