@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.peft_bridge import register
 from qwha_cli.adapters.spectral.config import SpectralConfig
 from qwha_cli.errors import KernelError
+from qwha_cli.kernels import spectral_linear
 from qwha_cli.kernels.shared_wht import stand_in
 from support.adapted import fill, quantize_model
 from support.tiny_model import SHAPE, tiny_llama, tiny_qwen2
@@ -76,7 +78,6 @@ def test_loss_and_gradients_are_those_of_the_architecture(build: Callable[[], Pr
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
     again, _ = run(model)
     assert torch.equal(again, loss)
-    assert not any("forward" in vars(block) for block in model.get_base_model().model.layers)
 
 
 def test_no_norm_and_no_activation_runs_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,15 +114,63 @@ def test_an_activation_that_does_not_pay_is_made_by_the_architecture(monkeypatch
     assert ran
 
 
-def test_a_second_switch_gives_the_first_back() -> None:
+@pytest.mark.parametrize("keep", ["memory", "block"])
+def test_checkpointing_computes_blocks_again_and_keeps_nothing_dense(monkeypatch: pytest.MonkeyPatch, keep: str) -> None:
+    model = adapted(tiny_llama).train()
+    set_keep(model, keep)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    base = model.get_base_model()
+    calls: list[int] = []
+    for index, layer in enumerate(base.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, index=index: calls.append(index))
+    built: list[weakref.ref[Tensor]] = []
+    build = spectral_linear.build_weight
+
+    def remembered(*args: object) -> Tensor:
+        weight = build(*args)
+        built.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(spectral_linear, "build_weight", remembered)
+    ids = torch.arange(24)[None]
+    with fused_blocks(base):
+        loss = model(input_ids=ids, labels=ids).loss
+        assert calls == [0, 1, 2]
+        assert len(built) == 21
+        assert not any(weight() is not None for weight in built)
+        loss.backward()
+    assert calls == [0, 1, 2, 2, 1, 0]
+
+
+def test_what_a_model_can_be_asked_for_besides_is_as_before() -> None:
+    model = adapted(tiny_llama)
+    base = model.get_base_model()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True)
+        words = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+        with fused_blocks(base):
+            found = model(ids, output_hidden_states=True)
+            assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), words)
+    assert len(found.hidden_states) == len(expected.hidden_states) == 4
+    for one, two in zip(expected.hidden_states, found.hidden_states, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_switch_is_undone_in_turn_and_after_an_error() -> None:
     model = adapted(tiny_llama)
     block = model.get_base_model().model.layers[0]
+    own = type(block)
     with fused_blocks(model.get_base_model()):
-        own = block.forward
+        inner = type(block)
+        assert issubclass(inner, own)
         with fused_blocks(model.get_base_model()):
-            assert block.forward is not own
-        assert block.forward is own
-    assert "forward" not in vars(block)
+            assert type(block) is not inner
+        assert type(block) is inner
+    assert type(block) is own
+    with pytest.raises(ZeroDivisionError), fused_blocks(model.get_base_model()):
+        raise ZeroDivisionError
+    assert type(block) is own
 
 
 def test_why_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

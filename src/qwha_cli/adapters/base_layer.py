@@ -48,7 +48,8 @@ def base_operand(base: BaseLayer, dtype: torch.dtype) -> Codes | Tensor:
 
 def device_of(base: BaseLayer) -> torch.device:
     """Where the layer's weight lies; the CPU for one that is still on the disk, so that its adapter can be made there."""
-    device = next(base.buffers()).device if isinstance(base, QuantizedLinear) else base.weight.device
+    # a head that is tied to its embedding has its codes there
+    device = next(base.source.buffers()).device if isinstance(base, QuantizedLinear) else base.weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
 

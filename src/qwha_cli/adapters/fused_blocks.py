@@ -14,8 +14,9 @@ activation whose size makes one pass slower than two is left to whoever does it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -66,7 +67,7 @@ def _obstacle(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> 
     blocks = _blocks(model)
     if not blocks:
         return f"the blocks of {type(model).__name__} are not known"
-    if not any(_Block(block).fits() for block in blocks):
+    if not any(_fits(block) for block in blocks):
         return "no block has adapters on all its projections, in the Hadamard basis"
     choice = choose_fused("auto", size=cast(Any, model).config.hidden_size, dtype=dtype, device=device)
     return None if choice.name == "triton" else choice.reason
@@ -80,55 +81,61 @@ def fused_blocks(model: PreTrainedModel) -> Generator[None]:
         model: A causal language model of transformers, not wrapped, with its adapters. Blocks of which it knows nothing stay.
     """
     switched = _blocks(model)
-    before = [vars(block).get("forward") for block in switched]
+    kinds = [type(block) for block in switched]
     try:
-        for block in switched:
-            cast(Any, block).forward = _Block(block)
+        for block, kind in zip(switched, kinds, strict=True):
+            block.__class__ = _fused(kind)
         yield
     finally:
-        for block, forward in zip(switched, before, strict=True):
-            del cast(Any, block).forward
-            if forward is not None:
-                cast(Any, block).forward = forward
+        for block, kind in zip(switched, kinds, strict=True):
+            block.__class__ = kind
 
 
-class _Block:
-    """The forward of a decoder block."""
+@lru_cache(maxsize=16)
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of blocks whose forward is ours where it can be.
 
-    def __init__(self, block: nn.Module) -> None:
-        parts = cast(Any, block)
-        self.own: Callable[..., Tensor] = parts.forward
-        self.attention, self.mlp = parts.self_attn, parts.mlp
-        self.norms = (parts.input_layernorm, parts.post_attention_layernorm)
-        self.readers = [getattr(self.attention, f"{name}_proj") for name in "qkv"]
-        self.readers += [self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj]
+    A class, because transformers checkpoints in `__call__` or around the `forward` of a class, as its version has it.
+    """
 
-    def fits(self) -> bool:
-        """Whether all projections read transforms only, and nothing else that would be left out wants a gradient."""
-        if any(norm.weight.requires_grad for norm in self.norms):
-            return False
-        return all(isinstance(reader, SpectralLinear) and reader.reads_transform() for reader in self.readers)
-
-    def __call__(self, hidden_states: Tensor, **others: Any) -> Tensor:  # noqa: ANN401
+    def forward(self: nn.Module, hidden_states: Tensor, **others: Any) -> Tensor:  # noqa: ANN401
         # asked each time: adapters can be switched off between two forwards
-        if not self.fits():
-            return self.own(hidden_states, **others)
-        read, x = self._normed(0, hidden_states, None)
-        attended, _ = self.attention(hidden_states=read, **others)
-        read, h = self._normed(1, x, attended)
-        if not gate_pays(self.mlp.down_proj.in_features):
-            return h + self.mlp(read)
-        gate, up = self.mlp.gate_proj(read), self.mlp.up_proj(read)
-        # the norm's result is not needed while the widest tensors of the block are made
-        del read
-        down = self.mlp.down_proj(stand_in(gate_wht(gate, up, dtype=computing_dtype(gate)), gate.dtype))
-        return h + down
+        if _fits(self):
+            return _forward(cast(Any, self), hidden_states, others)
+        own: Tensor = cast(Any, kind).forward(self, hidden_states, **others)
+        return own
 
-    def _normed(self, which: int, x: Tensor, add: Tensor | None) -> tuple[Tensor, Tensor]:
-        norm = self.norms[which]
-        add = None if add is None else add.to(x.dtype)
-        z, h = norm_wht(x, norm.weight, eps=norm.variance_epsilon, dtype=computing_dtype(x), add=add)
-        return stand_in(z, x.dtype), h
+    made: type[nn.Module] = type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
+    return made
+
+
+def _fits(block: nn.Module) -> bool:
+    """Whether all projections read transforms only, and nothing else that would be left out wants a gradient."""
+    parts = cast(Any, block)
+    if any(norm.weight.requires_grad for norm in (parts.input_layernorm, parts.post_attention_layernorm)):
+        return False
+    readers = [getattr(parts.self_attn, f"{name}_proj") for name in "qkv"]
+    readers += [parts.mlp.gate_proj, parts.mlp.up_proj, parts.mlp.down_proj]
+    return all(isinstance(reader, SpectralLinear) and reader.reads_transform() for reader in readers)
+
+
+def _forward(block: Any, x: Tensor, others: Mapping[str, Any]) -> Tensor:  # noqa: ANN401
+    read, x = _normed(block.input_layernorm, x, None)
+    attended, _ = block.self_attn(hidden_states=read, **others)
+    read, h = _normed(block.post_attention_layernorm, x, attended)
+    mlp = block.mlp
+    if not gate_pays(mlp.down_proj.in_features):
+        return h + mlp(read)
+    gate, up = mlp.gate_proj(read), mlp.up_proj(read)
+    # the norm's result is not needed while the widest tensors of the block are made
+    del read
+    return h + mlp.down_proj(stand_in(gate_wht(gate, up, dtype=computing_dtype(gate)), gate.dtype))
+
+
+def _normed(norm: Any, x: Tensor, add: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    add = None if add is None else add.to(x.dtype)
+    z, h = norm_wht(x, norm.weight, eps=norm.variance_epsilon, dtype=computing_dtype(x), add=add)
+    return stand_in(z, x.dtype), h
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -14,7 +14,8 @@ Two layouts (quant/layout.py says how they come about):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,3 +52,29 @@ class Codes:
     def device(self) -> torch.device:
         """Where the tensors lie."""
         return self.codes.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Codes, scales and zeros."""
+        return self.codes, self.scales, self.zeros
+
+
+def taken_apart(base: Codes | Tensor) -> tuple[tuple[Tensor, ...], Codes | None]:
+    """A base as tensors that autograd can save, and what else is to be known to put it together again.
+
+    Kept on a function's context instead, the tensors of a base that is gathered from several processes would stay from a block's
+    first forward pass to its backward pass, although checkpointing has them gathered anew.
+    """
+    if isinstance(base, Tensor):
+        return (base,), None
+    nothing = torch.empty(0)
+    return base.tensors, replace(base, codes=nothing, scales=nothing, zeros=nothing)
+
+
+def put_together(tensors: Sequence[Tensor], form: Codes | None) -> Codes | Tensor:
+    """Undo `taken_apart`."""
+    if form is None:
+        (base,) = tensors
+        return base
+    codes, scales, zeros = tensors
+    return replace(form, codes=codes, scales=scales, zeros=zeros)

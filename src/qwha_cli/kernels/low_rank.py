@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import Requested
-from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.codes import Codes, put_together, taken_apart
 from qwha_cli.kernels.dequantize import dense_base
 from qwha_cli.kernels.effective_weight import Basis
 from qwha_cli.kernels.spectral_linear import Keep, basis_input
@@ -111,8 +111,10 @@ class _FrozenLinear(torch.autograd.Function):
         backend: Requested,
     ) -> Tensor:
         weight = dense_base(base, z.dtype, backend=backend)
-        ctx.base, ctx.dtype, ctx.backend = base, z.dtype, backend
-        ctx.save_for_backward(*((weight,) if keep != "memory" and ctx.needs_input_grad[0] else ()))
+        ctx.dtype, ctx.backend = z.dtype, backend
+        ctx.kept = keep != "memory"
+        tensors, ctx.form = ((weight,), None) if ctx.kept else taken_apart(base)
+        ctx.save_for_backward(*(tensors if ctx.needs_input_grad[0] else ()))
         return torch.nn.functional.linear(z, weight, bias)
 
     @staticmethod
@@ -123,12 +125,13 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         # read once: checkpointing gives what it has computed again a single time
-        saved = ctx.saved_tensors
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
         dz = dbias = None
         # a caller may run the backward pass inside autocast too
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dz = dy @ (saved[0] if saved else dense_base(ctx.base, ctx.dtype, backend=ctx.backend))
+                weight = saved[0] if ctx.kept else dense_base(put_together(saved, ctx.form), ctx.dtype, backend=ctx.backend)
+                dz = dy @ weight
             if ctx.needs_input_grad[1]:
                 dbias = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
         return dz, dbias, None, None, None

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import Requested
-from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.codes import Codes, put_together, taken_apart
 from qwha_cli.kernels.effective_weight import Basis, Transform, build_weight, check_shapes, gather_entries, transform_backend
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.shared_wht import hand_on, shared_wht
@@ -81,14 +81,14 @@ def spectral_linear(
     bias = bias.to(dtype) if bias is not None else None
     with torch.autocast(x.device.type, enabled=False):
         z = basis_input(x, dtype, basis=basis, backend=backend)
-        how = _How(base, places, scale, basis == "hadamard" or transform == "identity", backend, shared=basis == "hadamard")
+        how = _How(places, scale, basis == "hadamard" or transform == "identity", backend, shared=basis == "hadamard")
         if weight is None and until_backward and z.requires_grad:
             with torch.no_grad():
-                weight = how.weight(values, dtype)
-        promise, passed = cast("tuple[Tensor, Tensor | None]", _Gradients.apply(z, values, bias, weight, how))
+                weight = how.weight(base, values, dtype)
+        promise, passed = cast("tuple[Tensor, Tensor | None]", _Gradients.apply(z, values, bias, weight, base, how))
         if passed is not None:
             hand_on(x, z, passed)
-        result: Tensor = _Product.apply(promise, z, values, bias, weight, how)
+        result: Tensor = _Product.apply(promise, z, values, bias, weight, base, how)
     return result
 
 
@@ -109,15 +109,14 @@ def basis_input(x: Tensor, dtype: torch.dtype, *, basis: Basis, backend: Request
 class _How:
     """What both halves of the layer know besides tensors that may want a gradient."""
 
-    base: Codes | Tensor
     places: Places
     scale: float
     plain: bool
     backend: Requested
     shared: bool
 
-    def weight(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return build_weight(self.base, values, self.places, dtype, self.scale, self.plain, self.backend)
+    def weight(self, base: Codes | Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return build_weight(base, values, self.places, dtype, self.scale, self.plain, self.backend)
 
 
 class _Gradients(torch.autograd.Function):
@@ -140,12 +139,15 @@ class _Gradients(torch.autograd.Function):
         values: Tensor,
         bias: Tensor | None,
         weight: Tensor | None,
+        base: Codes | Tensor,
         how: _How,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.how = how
+        again = weight is None and ctx.needs_input_grad[0]
+        tensors, ctx.form = taken_apart(base) if again else ((), None)
         # None instead of zeros for a y, or a z that was passed on, that nobody used
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(values, z, weight)
+        ctx.save_for_backward(values, z, weight, *tensors)
         promise = z.new_empty(()).expand(*z.shape[:-1], how.places.shape[0])
         return promise, z.detach() if how.shared and ctx.needs_input_grad[0] else None
 
@@ -158,10 +160,10 @@ class _Gradients(torch.autograd.Function):
         dy, passed = grad_outputs
         if dy is None:
             # what was saved stays untouched: it is gone if only a layer that came later is differentiated a second time
-            return passed, None, None, None, None
+            return passed, None, None, None, None, None
         # a caller may run the backward pass inside autocast too
         with torch.autocast(dy.device.type, enabled=False):
-            return *_gradients(ctx, dy, passed), None, None
+            return *_gradients(ctx, dy, passed), None, None, None
 
 
 class _Product(torch.autograd.Function):
@@ -175,25 +177,26 @@ class _Product(torch.autograd.Function):
         values: Tensor,
         bias: Tensor | None,
         weight: Tensor | None,
+        base: Codes | Tensor,
         how: _How,
     ) -> Tensor:
-        return torch.nn.functional.linear(z, how.weight(values, z.dtype) if weight is None else weight, bias)
+        return torch.nn.functional.linear(z, how.weight(base, values, z.dtype) if weight is None else weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
-        return grad_outputs[0], None, None, None, None, None
+        return grad_outputs[0], None, None, None, None, None, None
 
 
 def _gradients(ctx: Any, dy: Tensor, passed: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # noqa: ANN401
     """Gradients of z, values and bias, each None when not needed; that of z with what came for the z that was passed on."""
-    values, z, weight = ctx.saved_tensors
+    values, z, weight, *tensors = ctx.saved_tensors
     how: _How = ctx.how
     dz = dvalues = dbias = None
     rows = dy.reshape(-1, dy.shape[-1])
     if ctx.needs_input_grad[0]:
         if weight is None:
-            weight = how.weight(values, z.dtype)
+            weight = how.weight(put_together(tensors, ctx.form), values, z.dtype)
         dz = _added_product(passed, dy, weight)
         if how.shared:
             setattr(dz, _OURS, True)

@@ -88,6 +88,7 @@ def record(
     hidden: list[Tensor] = []
     calls: dict[int, list[BlockCall]] = {}
     seen: list[tuple[Tensor, BlockCall]] = []
+    before: torch.dtype | None = None
     try:
         for index, (_, block) in enumerate(blocks):
             modules[index] = _Recorder(block, seen, last=index + 1 == len(blocks))
@@ -96,6 +97,7 @@ def record(
         embed = cast("Callable[[], nn.Module]", getattr(owner, "get_input_embeddings"))()  # noqa: B009 - not known to nn.Module
         if isinstance(embed, QuantizedEmbedding):
             # its rows are made anew: in float32 they need not have been rounded before
+            before = embed.like.dtype
             embed.to(dtype)
         home = next(itertools.chain(embed.parameters(), embed.buffers())).device
         for batch in tokens.split(batch_size):
@@ -116,6 +118,8 @@ def record(
         if weights is not None:
             drop(owner)
     finally:
+        if before is not None:
+            cast("Callable[[], nn.Module]", getattr(owner, "get_input_embeddings"))().to(before)  # noqa: B009
         for index, (_, block) in enumerate(blocks):
             modules[index] = block
     return hidden, calls

@@ -108,6 +108,10 @@ class PackedModule(nn.Module):
         """The matrix (out, in) that multiplies the untransformed input."""
         return self.packed().in_weight_basis(dtype)
 
+    def forget(self) -> None:
+        """Drop what was made of the buffers: they have been taken away."""
+        self._dense = self._codes = None
+
     def _describe(self) -> str:
         f = self.format
         return f"method={f.method}, bits={f.bits}, group_size={f.group_size}, basis={f.basis}"
@@ -124,10 +128,10 @@ class PackedModule(nn.Module):
             moved = self.get_buffer(name)
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
-        self._dense = None
+        self.forget()
         return self
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        """Forget the dense weight of the codes that are being replaced."""
-        self._dense = None
+        """Forget what was made of the codes that are being replaced."""
+        self.forget()
         super()._load_from_state_dict(*args, **kwargs)  # pyright: ignore[reportArgumentType]

@@ -45,6 +45,7 @@ class _Piece:
     def take(self, device: torch.device) -> None:
         """Leave an empty tensor: a layer that is used while its codes are away fails, instead of computing with zeros."""
         setattr(self.layer, self.name, torch.empty(0, dtype=self.dtype, device=device))
+        self.layer.forget()
 
 
 @dataclass

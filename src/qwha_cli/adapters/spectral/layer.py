@@ -11,7 +11,7 @@ This file does not decide which layers get an adapter (model.py) nor how many en
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -121,6 +121,15 @@ class SpectralLinear(AdaptedLinear):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As in peft; values that become trainable become float32."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.widen()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As in peft; values that become trainable become float32."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.widen()
+
+    def widen(self) -> None:
+        """Make float32 of values that require a gradient, however they came to: bfloat16 does not hold what a step adds."""
         widen_trained(self.qwha_values)
 
     def freeze(self, adapter_name: str) -> None:
