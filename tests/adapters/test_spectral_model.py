@@ -18,6 +18,8 @@ from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.adapters.spectral.model import spectral_layers
 from qwha_cli.errors import ModelError, UsageError
 from qwha_cli.quant.linear import QuantizedLinear
+from qwha_cli.training.engine import Engine
+from qwha_cli.training.settings import TrainSettings
 from support.adapted import dense_delta, fill, quantize_model
 from support.tiny_model import tiny_llama, tiny_qwen2
 
@@ -154,6 +156,27 @@ def test_bfloat16_values_give_the_output_of_the_same_numbers_in_float32_to_the_b
         assert torch.equal(layer.rows("default").values, rows)
         layer.cache_weights(True)
         assert torch.equal(layer(x), many)
+
+
+@pytest.mark.parametrize("how", ["set_adapter", "set_requires_grad", "requires_grad_"])
+def test_values_that_become_trainable_are_float32_however_they_do(how: str, tmp_path: Path) -> None:
+    model = adapted("hadamard")
+    fill(model)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(base_model("hadamard"), str(tmp_path))
+    assert {layer.qwha_values["default"].dtype for layer in spectral_layers(loaded).values()} == {torch.bfloat16}
+    if how == "set_adapter":
+        loaded.set_adapter("default")
+    elif how == "set_requires_grad":
+        loaded.set_requires_grad("default", True)
+    else:
+        for layer in spectral_layers(loaded).values():
+            layer.qwha_values["default"].requires_grad_(True)
+        # whoever writes into the parameters gets float32 when training begins
+        Engine(loaded, settings=TrainSettings(lr=1e-3, steps=1, pad_id=0))
+    values = [parameter for parameter in loaded.parameters() if parameter.requires_grad]
+    assert len(values) == 3 * 7
+    assert {value.dtype for value in values} == {torch.float32}
 
 
 def test_values_that_bfloat16_does_not_hold_are_frozen_as_they_are() -> None:

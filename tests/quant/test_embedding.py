@@ -201,6 +201,16 @@ def test_adapters_leave_the_vocabulary_alone_and_merge_into_a_plain_model(name: 
     assert (again.lm_head.weight is again.get_input_embeddings().weight) is tied
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_head_in_codes_can_be_adapted_too(name: str) -> None:
+    model = get_peft_model(base(name), SpectralConfig(rank=4, target_modules=["q_proj", "lm_head"])).eval()
+    fill(model)
+    assert any("lm_head" in layer for layer in spectral_layers(model))
+    expected = logits(model)
+    assert not torch.equal(expected, logits(base(name)))
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_flow_through_a_head_in_codes_whose_dense_weight_may_be_too_large(
