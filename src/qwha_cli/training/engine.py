@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qwha_cli.adapters.fused_blocks import FusedChoice, choose_fused_blocks, fused_blocks
 from qwha_cli.adapters.keep import renew_kept
-from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.flatten import FlatShape, equal_length, flat_batch
 from qwha_cli.data.tokenize import IGNORED, Encoded
@@ -73,9 +72,6 @@ class Engine:
         self.model = model.to(self.device)
         self.wrapped: nn.Module = model
         self.settings = settings
-        for module in model.modules():
-            if isinstance(module, SpectralLinear):
-                module.widen()
         self.parameters = trained_parameters(model)
         if not self.parameters:
             raise UsageError("the model has no parameter to train", where="train", remedy="add an adapter before training")

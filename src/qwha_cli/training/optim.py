@@ -16,6 +16,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from qwha_cli.adapters.spectral.layer import SpectralLinear
+from qwha_cli.adapters.spectral.values import widen_trained
 from qwha_cli.errors import ArtifactError
 
 OptimizerName = Literal["adamw", "adamw8bit"]
@@ -24,7 +26,11 @@ VALUES = "values"
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter with `requires_grad`, by name, in the model's order."""
+    """Every parameter with `requires_grad`, by name, in the model's order; a sparse adapter's values become float32."""
+    for module in model.modules():
+        if isinstance(module, SpectralLinear):
+            # loaded to stay as they are they may be bfloat16
+            widen_trained(module.qwha_values)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -121,15 +121,11 @@ class SpectralLinear(AdaptedLinear):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As in peft; values that become trainable become float32."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.widen()
+        widen_trained(self.qwha_values)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As in peft; values that become trainable become float32."""
         super().set_requires_grad(adapter_names, requires_grad)
-        self.widen()
-
-    def widen(self) -> None:
-        """Make float32 of values that require a gradient, however they came to: bfloat16 does not hold what a step adds."""
         widen_trained(self.qwha_values)
 
     def freeze(self, adapter_name: str) -> None:
@@ -203,7 +199,8 @@ class SpectralLinear(AdaptedLinear):
             # no single form: the base in one basis, an adapter in another
             return self.base_layer(x, *args, **kwargs) + F.linear(x, self._delta(names).to(x.dtype))
         dtype = computing_dtype(x)
-        if self._caching and not self.training and not (torch.is_grad_enabled() and self._trainable(names)):
+        wanted = torch.is_grad_enabled() and any(self.qwha_values[name].requires_grad for name in names)
+        if self._caching and not self.training and not wanted:
             return self._forward_cached(x, names, transform, dtype)
         base = self._base(dtype)
         if isinstance(base, Codes) and suits(x, base, dtype, self.backend):
@@ -289,9 +286,6 @@ class SpectralLinear(AdaptedLinear):
             transform=transform,
             backend=self.backend,
         )
-
-    def _trainable(self, names: tuple[str, ...]) -> bool:
-        return any(self.qwha_values[name].requires_grad for name in names)
 
     # ---- merging
 

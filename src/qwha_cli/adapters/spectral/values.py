@@ -23,7 +23,7 @@ class Values(nn.ParameterDict):
 
 
 def widen_trained(values: nn.ParameterDict) -> None:
-    """Make float32 of whatever requires a gradient."""
+    """Make float32 of whatever requires a gradient: bfloat16 does not hold what a step adds."""
     for name, value in list(values.items()):
         if value.requires_grad and value.dtype != torch.float32:
             values[name] = nn.Parameter(value.detach().float())
