@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 from bench_wht import candidates as alone
+from bench_wht import in_parts
 from machine import current_commit
 from timing import copy_bandwidth, graph_us, num_copies
 from torch import Tensor
@@ -143,10 +143,7 @@ def run(a: argparse.Namespace) -> None:
 
 def tune(a: argparse.Namespace) -> None:
     """Time every candidate, the best of each last."""
-    part = [sys.executable, __file__, "compile", "--out", os.devnull, "--norms", a.norms, "--gates", a.gates, "--part"]
-    processes = [subprocess.Popen([*part, f"{i}/{a.workers}"]) for i in range(a.workers)]
-    for process in processes:
-        process.wait()
+    in_parts(a.workers, __file__, "compile", "--out", os.devnull, "--norms", a.norms, "--gates", a.gates)
     bandwidth = copy_bandwidth("cuda")
     for op, size in _cases(a):
         lines = [measure(op, size, tiles, bandwidth=bandwidth, with_apart=False) for tiles in candidates(size)]

@@ -146,16 +146,17 @@ def measure(size: int, rows: int, dtype: str, tiles: Tiles, *, with_torch: bool,
 
 def tune(out: Path, workers: int) -> None:
     """Time all candidates, the best of each size last."""
-    in_parts("compile", workers)
+    in_parts(workers, __file__, "compile")
     for size in SIZES:
         lines = [measure(size, _NUMBERS // size, "bf16", tiles, with_torch=False) for tiles in candidates(size)]
         for line in sorted(lines, key=lambda line: line.get("share", 0.0)):  # pyright: ignore[reportArgumentType,reportCallIssue]
             _write(out, line)
 
 
-def in_parts(command: str, workers: int) -> bool:
-    """Run a command of this script in so many processes, each a part of it; whether all ended well."""
-    processes = [subprocess.Popen([sys.executable, __file__, command, "--part", f"{i}/{workers}"]) for i in range(workers)]
+def in_parts(workers: int, script: str, *arguments: str) -> bool:
+    """Run a command of a script in so many processes, each a part of it; whether all ended well."""
+    command = [sys.executable, script, *arguments, "--part"]
+    processes = [subprocess.Popen([*command, f"{i}/{workers}"]) for i in range(workers)]
     # all of them, before the answer
     codes = [process.wait() for process in processes]
     return not any(codes)
@@ -232,7 +233,7 @@ def main() -> None:
         compile_candidates(index, count)
         return
     if arguments.check or arguments.command == "check":
-        right = in_parts("check", arguments.workers)
+        right = in_parts(arguments.workers, __file__, "check")
         print("all right" if right else "WRONG results, see above")
         if not right:
             sys.exit(1)

@@ -7,8 +7,8 @@ reads; so does what gate and up make for down. kernels/fused_wht.py makes the tr
 
 the first sum, and the additions of gradients at both sums, are done in the same passes. The projections get a stand-in for their
 input, whose transform is known. A block is switched for the time of a training; where a projection reads its input itself, as
-without adapters, merged or in another basis, it computes as its architecture says, and an
-activation whose size makes one pass slower than two is left to whoever does it.
+without adapters, merged or in another basis, it computes as its architecture says, and an activation whose size makes one pass
+slower than two is left to whoever does it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -32,19 +33,22 @@ class Choice:
     reason: str
 
 
-def choose(requested: Requested, *, op: str, device: torch.device) -> Choice:
+def choose(requested: Requested, *, op: str, device: torch.device, lacking: Callable[[], str | None] = lambda: None) -> Choice:
     """Choose the backend of one op.
 
     Args:
         requested: What the user asked for; `auto` takes the fastest that exists for this device.
         op: The op's name, as its file is called.
         device: Where its tensors lie.
+        lacking: What the kernel does not take of this call, in words; None for nothing. Asked where it would run otherwise.
 
     Raises:
-        KernelError: `triton` was asked for and this op has no Triton form, or this machine cannot run it.
+        KernelError: `triton` was asked for and this op has no Triton form, or this machine cannot run it, or not this call.
     """
     # read anew each time, because tests set it
-    return _choose(requested, op, device.type, os.environ.get("TRITON_INTERPRET") == "1")
+    choice = _choose(requested, op, device.type, os.environ.get("TRITON_INTERPRET") == "1")
+    reason = lacking() if choice.name == "triton" else None
+    return choice if reason is None else _without_triton(requested, op, reason)
 
 
 @lru_cache(maxsize=256)
@@ -54,6 +58,10 @@ def _choose(requested: Requested, op: str, device_type: str, interpreted: bool) 
     lacking = _lacking(op, device_type, interpreted)
     if lacking is None:
         return Choice("triton", "asked for" if requested == "triton" else "the fastest that exists")
+    return _without_triton(requested, op, lacking)
+
+
+def _without_triton(requested: Requested, op: str, lacking: str) -> Choice:
     if requested == "triton":
         raise KernelError(f"the Triton kernel cannot run: {lacking}", where=op, remedy="use backend auto or torch")
     return Choice("torch", lacking)

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import Choice, Requested, choose
+from qwha_cli.kernels.effective_weight import transform_backend
 from qwha_cli.kernels.hadamard import plan
 from qwha_cli.kernels.wht import wht
 from qwha_cli.kernels.wht_tiles import unfit
@@ -63,7 +64,7 @@ def norm_wht(
     h = x if add is None else x + add
     exact = h.to(torch.promote_types(h.dtype, torch.float32))
     normed = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps) * weight.to(exact.dtype)
-    return wht(normed.to(dtype), backend="torch" if backend == "torch" else "auto"), h
+    return wht(normed.to(dtype), backend=transform_backend(backend)), h
 
 
 def gate_wht(gate: Tensor, up: Tensor, *, dtype: torch.dtype, backend: Requested = "auto") -> Tensor:
@@ -95,7 +96,7 @@ def gate_wht(gate: Tensor, up: Tensor, *, dtype: torch.dtype, backend: Requested
         return fused_wht_triton.gate_forward(gate, up, dtype=dtype)
     exact = torch.promote_types(gate.dtype, torch.float32)
     product = torch.nn.functional.silu(gate.to(exact)) * up.to(exact)
-    return wht(product.to(dtype), backend="torch" if backend == "torch" else "auto")
+    return wht(product.to(dtype), backend=transform_backend(backend))
 
 
 def choose_fused(requested: Requested, *, size: int, dtype: torch.dtype, device: torch.device) -> Choice:
@@ -104,13 +105,7 @@ def choose_fused(requested: Requested, *, size: int, dtype: torch.dtype, device:
     Raises:
         KernelError: `triton` was asked for and this machine, size or dtype does not have it.
     """
-    choice = choose(requested, op=OP, device=device)
-    lacking = _lacking(size, dtype) if choice.name == "triton" else None
-    if lacking is None:
-        return choice
-    if requested == "triton":
-        raise KernelError(f"the Triton kernel cannot run: {lacking}", where=OP, remedy="use backend auto or torch")
-    return Choice("torch", lacking)
+    return choose(requested, op=OP, device=device, lacking=lambda: _lacking(size, dtype))
 
 
 def _lacking(size: int, dtype: torch.dtype) -> str | None:

@@ -62,13 +62,7 @@ def choose_transform(requested: Requested, *, size: int, dtype: torch.dtype, dev
     Raises:
         KernelError: `triton` was asked for and this machine, size or dtype does not have it.
     """
-    choice = choose(requested, op=OP, device=device)
-    lacking = unfit(size, dtype) if choice.name == "triton" else None
-    if lacking is None:
-        return choice
-    if requested == "triton":
-        raise KernelError(f"the Triton kernel cannot run: {lacking}", where=OP, remedy="use backend auto or torch")
-    return Choice("torch", lacking)
+    return choose(requested, op=OP, device=device, lacking=lambda: unfit(size, dtype))
 
 
 def transform_gram(gram: Tensor) -> Tensor:

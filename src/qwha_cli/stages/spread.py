@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -97,6 +98,7 @@ def release(devices: Sequence[torch.device]) -> None:
                 torch.cuda.empty_cache()
 
 
+@lru_cache(maxsize=1)
 def _load_linear_algebra(device: torch.device) -> None:
     """Let torch load its library of factorisations here, once: if two threads are the first to ask for it, one of them fails."""
     # "lazy wrapper should be called at most once", pytorch issue 90613
