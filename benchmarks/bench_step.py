@@ -9,10 +9,11 @@ the same for equal numbers of trained values. All rows get the product's own ste
 attention, Liger's kernels, and --launch graph records forward and backward as a CUDA graph (a row that cannot be recorded is
 launched one by one, and says so in its line), --launch eager launches kernels one by one as peft and transformers do. Median
 of --steps after --warmup. Peak memory is the device's, with the model, without an optimizer. Rows: `official` is the published
-layer's arithmetic on a 2-bit base, QLoRA is bitsandbytes' NF4 under peft, `full` trains all linear layers in bfloat16 without an
-adapter: the same matrix products as ours. Our rows keep dense weights as `train.keep: auto` does on a GPU without room for all of
-them, a block's with checkpointing and none without, but for those that say what they keep. With 8-bit embeddings the loss makes
-some thousand words dense at a time. --loss plain takes transformers' own kernels for every row.
+layer's arithmetic on a 2-bit base, in the paper's form and in its authors' later one (published.py), QLoRA is bitsandbytes' NF4
+under peft, `full` trains all linear layers in bfloat16 without an adapter: the same matrix products as ours. Our rows keep dense
+weights as `train.keep: auto` does on a GPU without room for all of them, a block's with checkpointing and none without, but for
+those that say what they keep. With 8-bit embeddings the loss makes some thousand words dense at a time. --loss plain takes
+transformers' own kernels for every row.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from typing import cast
 
 import torch
 from machine import current_commit
+from published import PublishedLinear, PublishedTransformedLinear
 from shape_models import (
     DTYPE,
-    OfficialLinear,
     dense_model,
     exchange,
     linears,
@@ -78,16 +79,19 @@ def _low_rank(a: argparse.Namespace) -> nn.Module:
     return model
 
 
-def _official(a: argparse.Namespace) -> nn.Module:
-    model = quantized_model(a.shape, bits=2, group=64, basis="weight", device=a.device)
+def _official(kind: type[PublishedLinear | PublishedTransformedLinear]) -> Callable[[argparse.Namespace], nn.Module]:
+    def build(a: argparse.Namespace) -> nn.Module:
+        model = quantized_model(a.shape, bits=2, group=_group(a), basis="weight", device=a.device)
 
-    def layer(old: nn.Module) -> nn.Module:
-        size = (cast(int, old.out_features), cast(int, old.in_features))
-        packed = random_packed(size, bits=2, group=64, basis="weight", device=a.device)
-        return OfficialLinear(packed, random_rows(size, rank=a.rank, device=a.device))
+        def layer(old: nn.Module) -> nn.Module:
+            size = (cast(int, old.out_features), cast(int, old.in_features))
+            packed = random_packed(size, bits=2, group=_group(a), basis="weight", device=a.device, zero_bits=2)
+            return kind(packed, random_rows(size, rank=a.rank, device=a.device))
 
-    exchange(model, layer)
-    return model
+        exchange(model, layer)
+        return model
+
+    return build
 
 
 def _qlora(a: argparse.Namespace) -> nn.Module:
@@ -114,7 +118,8 @@ def _full(a: argparse.Namespace) -> nn.Module:
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
-    "official": _official,
+    "official": _official(PublishedLinear),
+    "official, transformed base": _official(PublishedTransformedLinear),
     "QLoRA": _qlora,
     "LoRA on 2 bits": _low_rank,
     "LoRA on bf16": lambda a: with_lora(dense_model(a.shape, device=a.device), rank=a.rank),

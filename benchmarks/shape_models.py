@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qwha_cli.adapters.build import add_adapter, as_stored, freeze_adapter
 from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.kernels.sparse_matmul import SparseRows
-from qwha_cli.kernels.wht import wht
 from qwha_cli.models.random import random_config
 from qwha_cli.models.targets import find_targets
 from qwha_cli.quant.embedding import put_vocabulary, vocabulary_of
@@ -58,9 +57,12 @@ def _rebuild_buffers(model: nn.Module, device: str) -> None:
                 setattr(module, name, buffer.to(device))
 
 
-def random_packed(shape: tuple[int, int], *, bits: int, group: int, basis: Basis, device: str) -> PackedWeight:
-    """Random codes of the default kind (fine zero points) whose values have about the size of a layer's weights."""
-    return random_codes(shape, QuantFormat("gptq", bits, group, False, basis, zero_bits=max(bits, 4)), scale=0.02, device=device)
+def random_packed(
+    shape: tuple[int, int], *, bits: int, group: int, basis: Basis, device: str, zero_bits: int | None = None
+) -> PackedWeight:
+    """Random codes whose values have about the size of a layer's weights; zero points are fine by default."""
+    form = QuantFormat("gptq", bits, group, False, basis, zero_bits=zero_bits or max(bits, 4))
+    return random_codes(shape, form, scale=0.02, device=device)
 
 
 def random_codes(shape: tuple[int, int], form: QuantFormat, *, scale: float, device: str) -> PackedWeight:
@@ -156,27 +158,3 @@ def _factors(layer: QuantizedLinear, rank: int) -> LowRank:
     device = layer.get_buffer("scales").device
     a = torch.randn(rank, layer.in_features, device=device) / layer.in_features**0.5
     return LowRank(a, torch.zeros(layer.out_features, rank, device=device))
-
-
-class OfficialLinear(nn.Module):
-    """The published layer's arithmetic, as its description has it.
-
-    2-bit codes are unpacked by tensor operations, F is scattered into a dense matrix through two 64-bit index tensors,
-    transformed on the weight's side, added, and multiplied; autograd keeps what it wants. Its transform is a CUDA kernel of
-    another package; here it is our fastest, so that the row cannot lose for that.
-    """
-
-    def __init__(self, packed: PackedWeight, rows: SparseRows) -> None:
-        super().__init__()
-        self.packed = packed
-        self.values = nn.Parameter(rows.values.clone())
-        self.row_index = rows.row_index().long()
-        self.column_index = rows.columns.long()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X (..., in) to (..., out)."""
-        with torch.no_grad():
-            base = self.packed.dequantize(x.dtype, backend="torch")
-        spectrum = torch.zeros(self.packed.shape, dtype=x.dtype, device=x.device)
-        spectrum = spectrum.index_put((self.row_index, self.column_index), self.values.to(x.dtype))
-        return nn.functional.linear(x, base + wht(spectrum, transpose=True))

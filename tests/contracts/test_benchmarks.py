@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
@@ -14,18 +15,22 @@ import bench_memory
 import bench_step
 import machine
 import plot_speed
+import published
 import pytest
 import results_csv
 import speed_page
 import sweeps
 import timing
 import torch
+from shape_models import random_packed, random_rows
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from qwha_cli.kernels.hadamard import base_matrix, plan
 from qwha_cli.models import random
 from qwha_cli.models.token_loss import causal_model, summed_loss
 from qwha_cli.quant.embedding import QuantizedEmbedding
+from support.triton import HAS_TRITON, run_interpreted
 
 MAKEFILE = Path(__file__).resolve().parents[2] / "Makefile"
 MACHINE = {"gpu": "Card", "driver": "580.1", "cpus": 16, "torch": "2.11.0", "triton": None, "qwha": "0.1.0", "commit": "abc"}
@@ -316,3 +321,49 @@ def test_time_launched_from_python_is_of_one_call() -> None:
     calls = [lambda: torch.ones(10)] * 5
     assert 0 < timing.eager_us(calls, cuda=False) < 1e6
     assert timing.copy_bandwidth("cpu") > 0
+
+
+@pytest.mark.parametrize("size", [(32, 48), (32, 64), (16, 96)])
+def test_published_layers_compute_what_their_formulas_say(size: tuple[int, int]) -> None:
+    out, count = size
+    packed = random_packed(size, bits=2, group=16, basis="weight", device="cpu", zero_bits=2)
+    rows = random_rows(size, rank=2, device="cpu")
+    x = torch.randn(5, count, dtype=torch.float32)
+    order = plan(count).base
+    table = torch.kron(base_matrix(order), base_matrix(count // order)).double()
+    layer = published.PublishedLinear(packed, rows, scaling=3.0)
+    base = layer.base().T.double()
+    sparse = rows.dense().double()
+    weight = base + sparse @ table / count * 3.0 / math.sqrt(out)
+    torch.testing.assert_close(layer(x).double(), x.double() @ weight.T, rtol=0, atol=2e-5)
+    later = published.PublishedTransformedLinear(packed, rows, scaling=3.0)
+    weight = base @ table.T + sparse * 3.0 / math.sqrt(out)
+    expected = (x.double() @ table.T) @ weight.T / count
+    # the transformed base is rounded to bfloat16, as theirs is
+    torch.testing.assert_close(later(x).double(), expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
+    for module in (layer, later):
+        module(x).square().sum().backward()
+        assert module.values.grad is not None
+        assert torch.isfinite(module.values.grad).all()
+
+
+def test_the_published_base_is_gptqs() -> None:
+    packed = random_packed((32, 64), bits=2, group=16, basis="weight", device="cpu", zero_bits=2)
+    found = published.PublishedLinear(packed, random_rows((32, 64), rank=2, device="cpu")).base().T
+    # scales are rounded to bfloat16 there, the rest is exact
+    torch.testing.assert_close(found, packed.dequantize(torch.bfloat16), rtol=1e-2, atol=0)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_the_published_transforms_kernel_is_sylvesters() -> None:
+    code = """
+import sys
+sys.path.insert(0, "benchmarks")
+import torch, published, published_triton
+torch.manual_seed(0)
+for size in (256, 8192):
+    x = torch.randn(37, size)
+    found = published_triton.sylvester_rows(x, 0.5, inner=1 << (size.bit_length() // 2))
+    torch.testing.assert_close(found, published.sylvester(x, 0.5, backend="torch"), rtol=1e-5, atol=1e-4)
+"""
+    run_interpreted(code)
