@@ -45,6 +45,7 @@ from shape_models import (
 from torch import nn
 
 from qwha_cli.adapters.adapted_linear import adapted_layers
+from qwha_cli.adapters.fp8 import choose_fp8, fp8_products
 from qwha_cli.adapters.fused_blocks import choose_fused_blocks, fused_blocks
 from qwha_cli.adapters.keep import set_keep
 from qwha_cli.data.flatten import FlatShape, flat_batch
@@ -55,6 +56,7 @@ from qwha_cli.models.varlen import varlen_attention
 from qwha_cli.training.step_graphs import CannotRecord, StepGraphs
 
 ONE_BY_ONE = ", kernels one by one"
+FP8 = "ours, hadamard, fp8"
 CASES = {"16 on": (16, True), "16 off": (16, False), "1 on": (1, True), "1 off": (1, False), "4 on": (4, True)}
 
 
@@ -128,6 +130,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     "ours, weight": _ours("weight"),
     "ours, hadamard, keep memory": _ours("hadamard", "memory"),
     "ours, hadamard, keep speed": _ours("hadamard", "speed"),
+    FP8: _ours("hadamard"),
     "ours, hadamard, 8-bit embeddings": _ours("hadamard", embedding_bits=8),
     "ours, hadamard, 8-bit embeddings, keep memory": _ours("hadamard", "memory", embedding_bits=8),
 }
@@ -143,10 +146,19 @@ class Step:
         device: Of the model.
         launch: Whether to record forward and backward.
         apart: Whether to leave norms and activations in the Hadamard basis to Liger, as in the other rows.
+        fp8: Whether to multiply 8-bit numbers, as `train.precision: fp8` does.
     """
 
     def __init__(
-        self, model: nn.Module, *, length: int, liger: bool, device: str, launch: str = "graph", apart: bool = False
+        self,
+        model: nn.Module,
+        *,
+        length: int,
+        liger: bool,
+        device: str,
+        launch: str = "graph",
+        apart: bool = False,
+        fp8: bool = False,
     ) -> None:
         self.model = model
         self.causal = causal_model(model)
@@ -155,6 +167,7 @@ class Step:
         if choice.layers:
             apply_to_layers(self.causal)
         self.fused = choice.loss
+        self.fp8 = choose_fp8(model) if fp8 else None
         self.blocks = choose_fused_blocks(self.causal, wanted=liger and not apart, device=self.device, dtype=DTYPE).fused
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.block = any(layer.keep == "block" for layer in adapted_layers(model).values())
@@ -179,6 +192,8 @@ class Step:
         self.model.train()
         with contextlib.ExitStack() as stack:
             stack.enter_context(varlen_attention(self.causal))
+            if self.fp8 is not None:
+                stack.enter_context(fp8_products(self.fp8))
             if self.blocks:
                 stack.enter_context(fused_blocks(self.causal))
             head: FusedHead | None = stack.enter_context(fused_head(self.causal)) if self.fused else None
@@ -244,13 +259,25 @@ def measure(step: Callable[[], torch.Tensor], *, warmup: int, steps: int) -> tup
     return 1e3 * statistics.median(times), float(loss)
 
 
+def _step(row: str, a: argparse.Namespace) -> Step:
+    return Step(
+        ROWS[row](a),
+        length=a.length,
+        liger=a.loss == "liger",
+        device=a.device,
+        launch=a.launch,
+        apart=a.apart,
+        fp8=row == FP8,
+    )
+
+
 def run(a: argparse.Namespace) -> None:
     """Measure the rows and append a line each."""
     for name in a.rows.split(";"):
         try:
             torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
-            step = Step(ROWS[name](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch, apart=a.apart)
+            step = _step(name, a)
             built = round(time.monotonic() - started, 1)
             # what building left behind is not the model's
             gc.collect()
@@ -284,7 +311,7 @@ def run(a: argparse.Namespace) -> None:
 
 def profile(a: argparse.Namespace) -> None:
     """Where a step's time goes: a table by kernel on the terminal, and a trace."""
-    step = Step(ROWS[a.rows](a), length=a.length, liger=a.loss == "liger", device=a.device, launch=a.launch, apart=a.apart)
+    step = _step(a.rows, a)
     batch, checkpointing = CASES[a.cases]
     folder = Path(a.out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             pass ("block": with checkpointing, of a block's recomputation; without, of all layers), or all passes find it kept
             until values change ("speed").
         backend: Which implementation of the kernels the layer asks for.
+        fp8: Whether a sparse adapter's products are of 8-bit numbers: see fp8.py for where that may be set.
         merge_dtype: Of the dense weight that a quantized layer makes way for when adapters are merged.
 
     Raises:
@@ -50,6 +51,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.out_features: int = self.base_layer.out_features
         self.keep: Keep = "memory"
         self.backend: Requested = "auto"
+        self.fp8 = False
         self.merge_dtype = torch.float32
         self.merged_adapters: list[str] = []
         self._disable_adapters = False

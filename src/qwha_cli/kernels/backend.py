@@ -22,7 +22,7 @@ Backend = Literal["torch", "triton"]
 Requested = Literal["auto", "torch", "triton"]
 
 # ops that have a Triton form
-_TRITON = frozenset({"column_sweep", "dequantize", "effective_weight", "fused_wht", "quant_matmul", "row_solve", "wht"})
+_TRITON = frozenset({"column_sweep", "dequantize", "effective_weight", "fp8", "fused_wht", "quant_matmul", "row_solve", "wht"})
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ cost as much as the unquantized model, so the backward pass builds it again from
 a caller who has it already hands it in, and it is used twice. The base gets no gradient. z is made by a differentiable
 operation before, so that layers with the same input can share it: each hands it on to the next, and in the backward pass adds
 its dz, within the product, to what the layers after it have found. Paper §3.1; the weight-side form costs one product of the
-tokens, not two.
+tokens, not two. In the Hadamard basis the three products can be of 8-bit numbers: fp8_products.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -24,14 +25,14 @@ from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.codes import Codes, put_together, taken_apart
 from qwha_cli.kernels.effective_weight import Basis, Transform, build_weight, check_shapes, gather_entries, transform_backend
+from qwha_cli.kernels.fp8 import Fp8Matrix, to_fp8
+from qwha_cli.kernels.fp8_products import fp8_gradients, fp8_product, hand_on_fp8, shared_fp8, suits_fp8
+from qwha_cli.kernels.gradient_chain import is_ours, mark_ours
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.shared_wht import hand_on, shared_wht
 from qwha_cli.kernels.wht import wht
 
 Keep = Literal["memory", "block", "speed"]
-
-# on a gradient that nobody but the function that it is on its way to can see
-_OURS = "_qwha_ours"
 
 
 def spectral_linear(
@@ -47,6 +48,7 @@ def spectral_linear(
     backend: Requested = "auto",
     weight: Tensor | None = None,
     until_backward: bool = False,
+    fp8: bool = False,
 ) -> Tensor:
     """Apply the adapted layer.
 
@@ -65,18 +67,21 @@ def spectral_linear(
         until_backward: Whether a weight that is built here, where inputs want a gradient, is saved for the backward pass instead
             of being built again there. Meant for checkpointing, which drops it at once in the first forward pass, so that only
             the weights of the block whose turn it is are there.
+        fp8: Whether products are of 8-bit numbers where `suits_fp8` says so; only for basis "hadamard".
 
     Returns:
         (..., out), computed in the autocast dtype where autocast is on for x's device, else in x's dtype.
 
     Raises:
-        KernelError: Shapes that do not fit, or the identity transform in the Hadamard basis.
+        KernelError: Shapes that do not fit, the identity transform in the Hadamard basis, or 8-bit products in another.
     """
     check_shapes(base, values, places)
     if basis == "hadamard" and transform == "identity":
         raise KernelError("the identity transform has no Hadamard basis", remedy="use basis weight or transform wht")
     if x.shape[-1] != places.shape[1]:
         raise KernelError(f"x has {x.shape[-1]} columns, the weight has {places.shape[1]}")
+    if fp8 and basis != "hadamard":
+        raise KernelError("8-bit products are of transforms", remedy="use basis hadamard")
     dtype = computing_dtype(x)
     bias = bias.to(dtype) if bias is not None else None
     with torch.autocast(x.device.type, enabled=False):
@@ -85,10 +90,19 @@ def spectral_linear(
         if weight is None and until_backward and z.requires_grad:
             with torch.no_grad():
                 weight = how.weight(base, values, dtype)
-        promise, passed = cast("tuple[Tensor, Tensor | None]", _Gradients.apply(z, values, bias, weight, base, how))
+        z8 = w8 = None
+        if fp8 and suits_fp8(z, places.shape):
+            z8 = shared_fp8(z, backend=backend)
+            if until_backward and weight is not None:
+                # half as large as a dense one until then
+                w8, weight = to_fp8(weight, backend=backend), None
+        rest = (bias, weight, base, how, z8, w8)
+        promise, passed = cast("tuple[Tensor, Tensor | None]", _Gradients.apply(z, values, *rest))
         if passed is not None:
             hand_on(x, z, passed)
-        result: Tensor = _Product.apply(promise, z, values, bias, weight, base, how)
+            if z8 is not None:
+                hand_on_fp8(z8, passed)
+        result: Tensor = _Product.apply(promise, z, values, *rest)
     return result
 
 
@@ -141,13 +155,15 @@ class _Gradients(torch.autograd.Function):
         weight: Tensor | None,
         base: Codes | Tensor,
         how: _How,
+        z8: Fp8Matrix | None,
+        w8: Fp8Matrix | None,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.how = how
-        again = weight is None and ctx.needs_input_grad[0]
+        ctx.how, ctx.dtype = how, z.dtype
+        again = weight is None and w8 is None and ctx.needs_input_grad[0]
         tensors, ctx.form = taken_apart(base) if again else ((), None)
         # None instead of zeros for a y, or a z that was passed on, that nobody used
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(values, z, weight, *tensors)
+        ctx.save_for_backward(values, z if z8 is None else None, weight, *_halves(z8), *_halves(w8), *tensors)
         promise = z.new_empty(()).expand(*z.shape[:-1], how.places.shape[0])
         return promise, z.detach() if how.shared and ctx.needs_input_grad[0] else None
 
@@ -160,10 +176,10 @@ class _Gradients(torch.autograd.Function):
         dy, passed = grad_outputs
         if dy is None:
             # what was saved stays untouched: it is gone if only a layer that came later is differentiated a second time
-            return passed, None, None, None, None, None
+            return passed, None, None, None, None, None, None, None
         # a caller may run the backward pass inside autocast too
         with torch.autocast(dy.device.type, enabled=False):
-            return *_gradients(ctx, dy, passed), None, None, None
+            return *_gradients(ctx, dy, passed), None, None, None, None, None
 
 
 class _Product(torch.autograd.Function):
@@ -179,50 +195,70 @@ class _Product(torch.autograd.Function):
         weight: Tensor | None,
         base: Codes | Tensor,
         how: _How,
+        z8: Fp8Matrix | None,
+        w8: Fp8Matrix | None,
     ) -> Tensor:
-        return torch.nn.functional.linear(z, how.weight(base, values, z.dtype) if weight is None else weight, bias)
+        if w8 is None and weight is None:
+            weight = how.weight(base, values, z.dtype)
+        if z8 is None:
+            return torch.nn.functional.linear(z, cast(Tensor, weight), bias)
+        w8 = to_fp8(cast(Tensor, weight), backend=how.backend) if w8 is None else w8
+        return fp8_product(z8, w8, bias, dtype=z.dtype).view(*z.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
-        return grad_outputs[0], None, None, None, None, None, None
+        return grad_outputs[0], None, None, None, None, None, None, None, None
 
 
 def _gradients(ctx: Any, dy: Tensor, passed: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # noqa: ANN401
     """Gradients of z, values and bias, each None when not needed; that of z with what came for the z that was passed on."""
-    values, z, weight, *tensors = ctx.saved_tensors
+    values, z, weight, *others = ctx.saved_tensors
+    z8, w8, tensors = _whole(others[:2]), _whole(others[2:4]), others[4:]
     how: _How = ctx.how
-    dz = dvalues = dbias = None
+    dz = spectrum = dvalues = dbias = None
     rows = dy.reshape(-1, dy.shape[-1])
-    if ctx.needs_input_grad[0]:
-        if weight is None:
-            weight = how.weight(put_together(tensors, ctx.form), values, z.dtype)
-        dz = _added_product(passed, dy, weight)
-        if how.shared:
-            setattr(dz, _OURS, True)
+    if ctx.needs_input_grad[0] and weight is None and w8 is None:
+        weight = how.weight(put_together(tensors, ctx.form), values, ctx.dtype)
+    if z8 is not None:
+        if ctx.needs_input_grad[0] and w8 is None:
+            w8 = to_fp8(cast(Tensor, weight), backend=how.backend)
+        weight = None
+        dz, spectrum = fp8_gradients(dy, passed, z8, w8, dtype=ctx.dtype, wanted=ctx.needs_input_grad[1], backend=how.backend)
+    elif ctx.needs_input_grad[0]:
+        dz = _added_product(passed, dy, cast(Tensor, weight))
+    if dz is not None and how.shared:
+        mark_ours(dz)
     # freed before the values' gradient, which is as large
-    del weight
+    del weight, w8
     if ctx.needs_input_grad[1]:
-        spectrum = _spectrum_gradient(rows, z.reshape(-1, z.shape[-1]), plain=how.plain, backend=transform_backend(how.backend))
+        if z8 is None:
+            flat = z.reshape(-1, z.shape[-1])
+            spectrum = _spectrum_gradient(rows, flat, plain=how.plain, backend=transform_backend(how.backend))
+        assert spectrum is not None
         dvalues = gather_entries(spectrum, how.places, scale=how.scale, backend=how.backend).to(values.dtype)
     if ctx.needs_input_grad[2]:
         dbias = rows.sum(dim=0)
     return dz, dvalues, dbias
 
 
-def _added_product(passed: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
-    """The product dy W (..., in), plus what later layers have found for the same z, written over theirs if that is ours alone.
+def _halves(matrix: Fp8Matrix | None) -> tuple[Tensor | None, Tensor | None]:
+    """What autograd can save of an 8-bit matrix: its tensors."""
+    return (None, None) if matrix is None else (matrix.values, matrix.scales)
 
-    The mark says so: `_gradients` puts it on what it returns for a shared z, which goes to the transform or to the layer before
-    and nowhere else, since nobody has such a z but them. Autograd hands that very tensor on, adds to it in place where it alone
-    has it, or makes another one, without the mark. Attributes of tensors outlive their way through autograd; if one day they do
-    not, this costs a copy.
-    """
+
+def _whole(halves: Sequence[Tensor | None]) -> Fp8Matrix | None:
+    values, scales = halves
+    return None if values is None or scales is None else Fp8Matrix(values, scales)
+
+
+def _added_product(passed: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
+    """The product dy W (..., in), plus what later layers have found for the same z, written over theirs if that is ours alone."""
     if passed is None:
         return dy @ weight
     rows = dy.reshape(-1, dy.shape[-1])
     # autograd has seen to shape and dtype
-    if getattr(passed, _OURS, False) and passed.is_contiguous():
+    if is_ours(passed):
         passed.view(-1, passed.shape[-1]).addmm_(rows, weight)
         return passed
     return torch.addmm(passed.reshape(-1, passed.shape[-1]), rows, weight).view(passed.shape)

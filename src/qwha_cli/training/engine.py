@@ -19,6 +19,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qwha_cli.adapters.fp8 import Fp8Choice, choose_fp8, fp8_products
 from qwha_cli.adapters.fused_blocks import FusedChoice, choose_fused_blocks, fused_blocks
 from qwha_cli.adapters.keep import renew_kept
 from qwha_cli.data.collate import pad_batch
@@ -80,6 +81,7 @@ class Engine:
         )
         self.precision = choose_precision(settings.precision, device=self.device)
         base = causal_model(model)
+        self.fp8: Fp8Choice | None = choose_fp8(model) if self.precision.fp8 else None
         self.kernels = choose_kernels(settings.kernels, model=base, device=self.device)
         dtype = self.precision.autocast or base.dtype
         self.fused: FusedChoice = choose_fused_blocks(base, wanted=settings.kernels != "torch", device=self.device, dtype=dtype)
@@ -105,11 +107,12 @@ class Engine:
     @property
     def reasons(self) -> tuple[str, ...]:
         """What was chosen for this device and why, for the run's notes."""
+        precision = (self.precision.reason, *([] if self.fp8 is None else [self.fp8.reason]))
         if self.device.type != "cuda":
             # three sentences that a GPU is missing would hide the one that says something
             others = f"transformers' own layers, padded batches and single kernels, as always on {self.device.type}"
-            return self.precision.reason, others
-        return self.precision.reason, self.kernels.reason, self.fused.reason, self.attention.reason, self.launch.reason
+            return *precision, others
+        return *precision, self.kernels.reason, self.fused.reason, self.attention.reason, self.launch.reason
 
     @contextlib.contextmanager
     def training(self) -> Generator[None]:
@@ -133,6 +136,8 @@ class Engine:
         try:
             with contextlib.ExitStack() as stack:
                 self._head = stack.enter_context(fused_head(base)) if self.kernels.loss else None
+                if self.fp8 is not None:
+                    stack.enter_context(fp8_products(self.fp8))
                 if self.fused.fused:
                     stack.enter_context(fused_blocks(base))
                 if self.flat is not None:

@@ -229,7 +229,7 @@ class _Run:
             wall_s=self.wall_s,
             resumed_from=resumed_from or None,
             peak_gib=self.engine.peak_gib(),
-            precision="bf16" if self.engine.precision.autocast else "fp32",
+            precision=self.engine.precision.name,
             metrics_path=self.log.path,
             notes=tuple(self.notes),
         )

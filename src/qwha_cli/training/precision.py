@@ -3,7 +3,8 @@
 `auto` takes bf16 autocast where the hardware is fast at it: CUDA from compute capability 8.0 on, CPUs with AMX. Elsewhere bf16 is
 emulated, or, on CPUs with AVX512-BF16 alone, native and still slower than fp32 (measured: 5.5 s against 4.3 s a step). fp16 is
 not offered: it needs loss scaling, whose state would have to be part of the exact resume, and every device with fast fp16
-training in reach also has bf16.
+training in reach also has bf16. fp8 is bf16 with the large products of adapted layers in 8 bits, see kernels/fp8_products.py;
+its scales come from the numbers themselves, so that it has no state either. It is never chosen by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "bf16", "fp32"]
+from qwha_cli.errors import UsageError
+from qwha_cli.kernels.fp8 import lacks_fp8
+
+Precision = Literal["auto", "bf16", "fp8", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,17 @@ class PrecisionChoice:
     Attributes:
         autocast: The dtype of matrix products, or None for the model's own dtype.
         reason: One sentence for the run's notes.
+        fp8: Whether adapted layers multiply 8-bit numbers.
     """
 
     autocast: torch.dtype | None
     reason: str
+    fp8: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the recipe calls it."""
+        return "fp8" if self.fp8 else "fp32" if self.autocast is None else "bf16"
 
 
 def choose_precision(requested: Precision, *, device: torch.device) -> PrecisionChoice:
@@ -39,8 +50,18 @@ def choose_precision(requested: Precision, *, device: torch.device) -> Precision
         device: Where the model will run.
 
     Returns:
-        The choice and its reason; `bf16` and `fp32` are taken at their word.
+        The choice and its reason; all but `auto` are taken at their word.
+
+    Raises:
+        UsageError: `fp8`, and a GPU that does not have it.
     """
+    if requested == "fp8":
+        lacking = lacks_fp8(device)
+        if lacking is not None:
+            raise UsageError(lacking, where="train.precision", remedy="use bf16")
+        slowly = "" if device.type == "cuda" else f"; {device.type} multiplies the 8-bit numbers as float32"
+        reason = f"precision fp8 (bf16 autocast, 8-bit products in adapted layers), as the recipe asks{slowly}"
+        return PrecisionChoice(torch.bfloat16, reason, fp8=True)
     if requested == "fp32":
         return PrecisionChoice(None, "precision fp32, as the recipe asks")
     if requested == "bf16":

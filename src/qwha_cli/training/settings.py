@@ -82,7 +82,7 @@ class TrainResult:
         wall_s: Seconds in steps and validations.
         resumed_from: The step this session began at, or None.
         peak_gib: Most memory held: of the device on CUDA, else resident memory of the process.
-        precision: "bf16" or "fp32".
+        precision: "bf16", "fp8" or "fp32".
         metrics_path: The metrics.jsonl.
         notes: What the watcher was told.
     """

@@ -218,6 +218,7 @@ class SpectralLinear(AdaptedLinear):
             backend=self.backend,
             weight=self._kept(names, transform, dtype) if self.keep == "speed" else None,
             until_backward=self.keep == "block",
+            fp8=self.fp8,
         )
 
     def reads_transform(self) -> bool:

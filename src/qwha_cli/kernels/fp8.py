@@ -1,0 +1,153 @@
+"""Matrix products of two matrices held as 8-bit floating-point numbers (e4m3), each row with a power of two as its scale.
+
+    A ≈ diag(s) A₈,  |A₈| ≤ 448        A Bᵀ ≈ diag(s_A) A₈ B₈ᵀ diag(s_B)
+
+From compute capability 8.9 on, a GPU multiplies such matrices twice as fast as bfloat16 ones and adds up in float32. e4m3 has
+three bits behind the point, so an entry is off by 1/16 of itself at most, by 2.6 % in the root mean square, and entries down to
+2⁻¹⁵ of their row's largest keep that; products of Hadamard transforms, which have no outliers, are what this suits. The tensor
+cores read both matrices along the dimension that is summed over, so a product with a transpose needs it written anew:
+`transposed` makes it from the 8-bit numbers themselves. There one scale has to serve all rows, and as scales are powers of two,
+changing them moves exponents and rounds nothing but what falls below 2⁻¹⁵ of the whole matrix's largest. DeepSeek-V3 (arXiv
+2412.19437, §3.3) and torchao train like this, with finer scales or coarser ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import ScalingType
+
+from qwha_cli.errors import KernelError
+from qwha_cli.kernels.backend import Requested, choose
+
+OP = "fp8"
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of e4m3."""
+
+MULTIPLE = 16
+"""What both dimensions that are no token's must be a multiple of."""
+
+_FIRST_CAPABILITY = (8, 9)
+_MANTISSA = (1 << 23) - 1
+# 2^e and 2^-e are both normal float32 numbers
+_EXPONENTS = (1, 253)
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Matrix:
+    """A matrix (rows, columns) as 8-bit numbers.
+
+    Attributes:
+        values: (rows, columns) float8_e4m3fn, contiguous.
+        scales: (rows,) float32, powers of two: row i is scales[i] · values[i].
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix (rows, columns) that is held, rounded to `dtype`."""
+        return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
+
+
+def lacks_fp8(device: torch.device) -> str | None:
+    """What a device lacks for products of 8-bit numbers, in words; None for nothing: a CPU computes them too, slowly."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found >= _FIRST_CAPABILITY:
+        return None
+    return f"{torch.cuda.get_device_name(device)} multiplies no 8-bit floating-point numbers (that begins with Ada and Hopper)"
+
+
+def to_fp8(x: Tensor, *, backend: Requested = "auto") -> Fp8Matrix:
+    """Round a matrix to 8-bit numbers, nearest even, every row with the smallest scale that lets its largest entry fit.
+
+    Args:
+        x: (rows, columns), float32, bfloat16 or float16.
+        backend: Which implementation; the same to the bit.
+
+    Returns:
+        The matrix. What is not finite stays so, or makes products that are not.
+
+    Raises:
+        KernelError: Another dtype or number of dimensions, or `triton` asked for where it does not run.
+    """
+    if x.dim() != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise KernelError(f"8-bit numbers are made of float matrices, got {x.dtype} {tuple(x.shape)}", where=OP)
+    if choose(backend, op=OP, device=x.device).name == "triton":
+        from qwha_cli.kernels import fp8_triton
+
+        return Fp8Matrix(*fp8_triton.to_fp8(x))
+    exact = x.float()
+    exponent = _exponent(exact.abs().amax(dim=1) / LARGEST)
+    values = (exact * _power(254 - exponent).unsqueeze(1)).clamp(-LARGEST, LARGEST).to(E4M3)
+    return Fp8Matrix(values, _power(exponent))
+
+
+def transposed(a: Fp8Matrix, *, backend: Requested = "auto") -> Fp8Matrix:
+    """The transpose, with one scale for all, ready to be multiplied along the rows of `a`.
+
+    Args:
+        a: (rows, columns).
+        backend: Which implementation; the same to the bit.
+
+    Returns:
+        (columns, rows rounded up to a multiple of 16), zeros behind the last.
+
+    Raises:
+        KernelError: `triton` asked for where it does not run.
+    """
+    rows = a.values.shape[0]
+    padded = -(-rows // MULTIPLE) * MULTIPLE
+    whole = a.scales.amax()
+    if choose(backend, op=OP, device=a.values.device).name == "triton":
+        from qwha_cli.kernels import fp8_triton
+
+        return Fp8Matrix(*fp8_triton.transposed(a.values, a.scales, whole, padded=padded))
+    # both powers of two, so this is exact
+    moved = (a.values.float() * (a.scales / whole).unsqueeze(1)).to(E4M3)
+    turned = F.pad(moved.view(torch.uint8).T, (0, padded - rows)).contiguous().view(E4M3)
+    return Fp8Matrix(turned, whole.expand(a.values.shape[1]).contiguous())
+
+
+def matmul_fp8(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, *, exact_sums: bool = True) -> Tensor:
+    """The product A Bᵀ.
+
+    Args:
+        a: (m, k), k a multiple of 16.
+        b: (n, k), n a multiple of 16.
+        dtype: Of the result, bfloat16 on a GPU.
+        exact_sums: Whether a GPU adds up in float32; else in the 14 bits of its tensor cores, which is faster.
+
+    Returns:
+        (m, n), of dtype.
+
+    Raises:
+        KernelError: Sizes that do not fit.
+    """
+    if a.values.shape[1] != b.values.shape[1] or a.values.shape[1] % MULTIPLE or b.values.shape[0] % MULTIPLE:
+        sizes = f"{tuple(a.values.shape)} by {tuple(b.values.shape)} transposed"
+        raise KernelError(f"8-bit products have inner and outer sizes that are multiples of {MULTIPLE}, not {sizes}", where=OP)
+    left, right = a.scales.unsqueeze(1), b.scales.unsqueeze(0)
+    if a.values.device.type != "cuda":
+        return ((a.values.float() @ b.values.float().T) * left * right).to(dtype)
+    rows = ScalingType.RowWise
+    # cuBLASLt and CUTLASS
+    return F.scaled_mm(
+        a.values, b.values.T, left, rows, right, rows, output_dtype=dtype, use_fast_accum=not exact_sums
+    )  # fmt: skip
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """The biased exponent of the smallest power of two that is no less than x, a float32."""
+    return ((x.view(torch.int32) + _MANTISSA) >> 23).clamp(*_EXPONENTS)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    return (exponent << 23).to(torch.int32).view(torch.float32)

@@ -1,0 +1,96 @@
+"""The three products of a layer whose operands are 8-bit numbers, and what layers with one input share of them.
+
+    y = z Wᵀ + b        dz = dy W        dF / s = dyᵀ z        z = x H
+
+In the Hadamard domain z has no outliers and W no large rows, and three bits behind the point lose about as much of a product as
+they do of Gaussian numbers: 3.7 % of a sum's size for both operands, independently for each. The values of F and the gradient at
+its places stay float32. Products sum over their rows' dimension, so dz needs Wᵀ and dF needs dyᵀ and zᵀ; of layers with one input
+the first that is differentiated makes zᵀ, and the others find it on the gradient that they get from there.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from qwha_cli.kernels.backend import Requested
+from qwha_cli.kernels.fp8 import MULTIPLE, Fp8Matrix, matmul_fp8, to_fp8, transposed
+from qwha_cli.kernels.gradient_chain import is_ours
+
+FEWEST_TOKENS = 2048
+"""Below this a GPU spends more on making 8-bit numbers than it saves on multiplying them."""
+
+_FORM, _TURNED = "_qwha_fp8", "_qwha_fp8_turned"
+
+
+def suits_fp8(z: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether the products of z (..., in) and a weight (out, in) are of 8-bit numbers, where that is wanted.
+
+    On a GPU: of bfloat16, for many tokens, and of sizes that its tensor cores take. Elsewhere always, as the torch form computes
+    anything: it is there to be compared with.
+    """
+    if shape[0] % MULTIPLE or shape[1] % MULTIPLE:
+        return False
+    return z.device.type != "cuda" or (z.dtype == torch.bfloat16 and z.numel() // z.shape[-1] >= FEWEST_TOKENS)
+
+
+def shared_fp8(z: Tensor, *, backend: Requested) -> Fp8Matrix:
+    """The 8-bit form of z (..., in) as a matrix (tokens, in), made once for all that ask for it before z is written to."""
+    version = -1 if z.is_inference() else z._version
+    found = cast("tuple[int, Fp8Matrix] | None", getattr(z, _FORM, None))
+    if found is not None and found[0] == version:
+        return found[1]
+    form = to_fp8(z.detach().reshape(-1, z.shape[-1]), backend=backend)
+    setattr(z, _FORM, (version, form))
+    return form
+
+
+def hand_on_fp8(form: Fp8Matrix, passed: Tensor) -> None:
+    """Let `passed`, the numbers that `form` was made of under another name, be known in that form too."""
+    setattr(passed, _FORM, (passed._version, form))
+
+
+def fp8_product(z: Fp8Matrix, weight: Fp8Matrix, bias: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+    """Y = z Wᵀ + b (tokens, out), of dtype."""
+    y = matmul_fp8(z, weight, dtype, exact_sums=False)
+    return y if bias is None else y.add_(bias)
+
+
+def fp8_gradients(
+    dy: Tensor,
+    passed: Tensor | None,
+    z: Fp8Matrix,
+    weight: Fp8Matrix | None,
+    *,
+    dtype: torch.dtype,
+    wanted: bool,
+    backend: Requested,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of z and of the matrix that F is in.
+
+    Args:
+        dy: (..., out).
+        passed: (..., in), what later layers have found for the same z, written over if it is ours alone; None for nothing.
+        z: (tokens, in), as in the forward pass.
+        weight: (out, in), likewise; None if no gradient of z is wanted.
+        dtype: Of the results.
+        wanted: Whether the second is.
+        backend: Which implementation rounds and transposes.
+
+    Returns:
+        dz (..., in) with what was passed added, or None; dF / s (out, in), or None.
+    """
+    rows = to_fp8(dy.reshape(-1, dy.shape[-1]), backend=backend)
+    dz = spectrum = None
+    if weight is not None:
+        dz = matmul_fp8(rows, transposed(weight, backend=backend), dtype).view(*dy.shape[:-1], weight.values.shape[1])
+    if dz is not None and passed is not None:
+        dz = passed.add_(dz) if is_ours(passed) else passed + dz
+    if wanted:
+        turned = cast("Fp8Matrix | None", getattr(passed, _TURNED, None)) or transposed(z, backend=backend)
+        spectrum = matmul_fp8(transposed(rows, backend=backend), turned, dtype)
+        if dz is not None:
+            setattr(dz, _TURNED, turned)
+    return dz, spectrum

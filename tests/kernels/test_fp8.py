@@ -1,0 +1,314 @@
+"""8-bit matrices: rounded once, transposed without rounding again, multiplied, and a layer's three products of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from qwha_cli.errors import KernelError
+from qwha_cli.kernels import fp8_products
+from qwha_cli.kernels import spectral_linear as spectral_linear_module
+from qwha_cli.kernels.fp8 import Fp8Matrix, lacks_fp8, matmul_fp8, to_fp8, transposed
+from qwha_cli.kernels.hadamard import dense
+from qwha_cli.kernels.places import Places
+from qwha_cli.kernels.spectral_linear import spectral_linear
+from support.codes import random_places
+from support.triton import HAS_TRITON, run_interpreted
+
+LACKING = lacks_fp8(torch.device("cuda")) if torch.cuda.is_available() else "no CUDA device"
+SHAPES = [(1, 16), (37, 48), (64, 896), (5, 3072)]
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def spread(*shape: int) -> Tensor:
+    """Rows of very different sizes, one of them of zeros."""
+    x = gaussian(*shape) * torch.logspace(-20, 12, shape[0]).unsqueeze(1)
+    x[shape[0] // 2] = 0
+    return x
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_entry_is_rounded_to_the_nearest_number_of_its_rows_scale(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = spread(*shape).to(dtype)
+    a = to_fp8(x)
+    assert a.values.dtype == torch.float8_e4m3fn
+    exact = x.double()
+    mantissas, _ = torch.frexp(a.scales)
+    assert (mantissas == 0.5).all(), "scales are powers of two"
+    largest = exact.abs().amax(dim=1) / a.scales
+    assert (largest <= 448).all()
+    # and no larger than they need be, but for rows of nothing
+    assert ((largest > 224) | (largest == 0)).all()
+    off = (a.dense(torch.float64) - exact).abs()
+    # a sixteenth of itself, or half of the smallest step below 2^-6
+    assert (off <= torch.maximum(exact.abs() / 16, a.scales.double().unsqueeze(1) * 2.0**-10)).all()
+
+
+def test_gaussian_rows_lose_what_the_page_says() -> None:
+    x = gaussian(256, 3072)
+    error = (to_fp8(x).dense(torch.float32) - x).norm() / x.norm()
+    assert 0.024 < float(error) < 0.028
+
+
+def test_what_is_not_finite_does_not_become_finite() -> None:
+    x = gaussian(3, 32)
+    x[0, 3], x[2, 5] = float("nan"), float("inf")
+    y = matmul_fp8(to_fp8(x), to_fp8(gaussian(16, 32, seed=1)), torch.float32)
+    assert not torch.isfinite(y[0]).any()
+    assert torch.isfinite(y[1]).all()
+    assert float(y[2].abs().min()) > 1e30 or not torch.isfinite(y[2]).any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transposing_rounds_nothing_within_two_to_the_eight(shape: tuple[int, int]) -> None:
+    x = gaussian(*shape) * torch.logspace(-4, 4, shape[0], base=2).unsqueeze(1)
+    a = to_fp8(x)
+    b = transposed(a)
+    padded = -(-shape[0] // 16) * 16
+    assert b.values.shape == (shape[1], padded)
+    assert b.values.is_contiguous()
+    assert len(b.scales.unique()) == 1
+    whole, turned = a.dense(torch.float64), b.dense(torch.float64)
+    assert not turned[:, shape[0] :].any()
+    # what falls into the subnormal numbers loses at most half of their step
+    assert ((turned[:, : shape[0]].T - whole).abs() <= b.scales[0].double() * 2.0**-10).all()
+    kept = whole.abs() >= b.scales[0].double() * 2.0**-6
+    assert torch.equal(turned[:, : shape[0]].T[kept], whole[kept])
+
+
+def test_a_product_is_that_of_the_numbers_held() -> None:
+    a, b = to_fp8(gaussian(37, 48)), to_fp8(gaussian(32, 48, seed=1))
+    expected = a.dense(torch.float64) @ b.dense(torch.float64).T
+    torch.testing.assert_close(matmul_fp8(a, b, torch.float32).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_sizes_and_dtypes_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KernelError, match="multiples of 16"):
+        matmul_fp8(to_fp8(gaussian(4, 24)), to_fp8(gaussian(16, 24)), torch.float32)
+    with pytest.raises(KernelError, match="multiples of 16"):
+        matmul_fp8(to_fp8(gaussian(4, 32)), to_fp8(gaussian(10, 32)), torch.float32)
+    with pytest.raises(KernelError, match="float64"):
+        to_fp8(gaussian(4, 16).double())
+    assert lacks_fp8(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    assert "Some Card" in str(lacks_fp8(torch.device("cuda", 0)))
+
+
+# ---- a layer
+
+IN, OUTS, SCALE = 48, (32, 64, 16), 0.75
+
+
+class Reader:
+    """A layer of dense base, in the Hadamard basis."""
+
+    def __init__(self, out: int, *, seed: int, size: int = IN) -> None:
+        self.base = gaussian(out, size, seed=seed)
+        self.places: Places = random_places((out, size), density=0.2)
+        self.values = gaussian(len(self.places), seed=seed + 50).requires_grad_()
+        self.bias = gaussian(out, seed=seed + 70).requires_grad_()
+
+    def __call__(self, x: Tensor, **how: object) -> Tensor:
+        rest = {"base": self.base, "places": self.places, "basis": "hadamard", "scale": SCALE, "bias": self.bias}
+        return spectral_linear(x, self.values, fp8=True, **rest, **how)  # pyright: ignore
+
+    def weight(self) -> Tensor:
+        spectrum = torch.zeros(self.base.numel())
+        return self.base + spectrum.index_add(0, self.places.flat_index.long(), self.values.detach() * SCALE).view(
+            self.base.shape
+        )
+
+
+def held(x: Tensor) -> Tensor:
+    return to_fp8(x).dense(torch.float64)
+
+
+def turned(x: Tensor) -> Tensor:
+    return transposed(to_fp8(x)).dense(torch.float64)[:, : len(x)].T
+
+
+@pytest.mark.parametrize("keep", ["memory", "block", "speed"])
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("tokens", [(2, 24), (19,)])
+def test_layers_with_one_input_have_the_gradients_of_the_numbers_held(
+    keep: str, recomputed: bool, tokens: tuple[int, ...]
+) -> None:
+    readers = [Reader(out, seed=seed) for seed, out in enumerate(OUTS)]
+    leaf = gaussian(*tokens, IN, seed=9).requires_grad_()
+    weights = [reader.weight() for reader in readers]
+    hows: list[dict[str, object]] = [
+        {"until_backward": keep == "block", "weight": w if keep == "speed" else None} for w in weights
+    ]
+
+    def block(x: Tensor) -> Tensor:
+        x = x * 1.0
+        return torch.cat([reader(x, **how) for reader, how in zip(readers, hows, strict=True)], dim=-1)
+
+    y = checkpoint(block, leaf, use_reentrant=False) if recomputed else block(leaf)
+    assert isinstance(y, Tensor)
+    z = (leaf.detach().double() @ dense(IN)).float().reshape(-1, IN)
+    expected = torch.cat([held(z) @ held(w).T + r.bias.detach().double() for w, r in zip(weights, readers, strict=True)], dim=1)
+    torch.testing.assert_close(y.detach().double().reshape(-1, sum(OUTS)), expected, rtol=0, atol=2e-4)
+    dy = gaussian(*tokens, sum(OUTS), seed=11)
+    y.backward(dy)
+    parts = dy.reshape(-1, sum(OUTS)).split(OUTS, dim=1)
+    dz = sum(held(part) @ turned(w) for part, w in zip(parts, weights, strict=True))
+    assert isinstance(dz, Tensor)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.double().reshape(-1, IN), dz @ dense(IN).T, rtol=0, atol=1e-3)
+    for part, reader in zip(parts, readers, strict=True):
+        full = turned(part).T @ turned(z) * SCALE
+        found = reader.values.grad
+        assert found is not None
+        torch.testing.assert_close(found.double(), full.reshape(-1)[reader.places.flat_index.long()], rtol=0, atol=1e-3)
+        torch.testing.assert_close(reader.bias.grad, part.sum(dim=0))
+
+
+def test_the_gradients_are_within_fp8s_error_of_the_exact_ones() -> None:
+    reader, x = Reader(512, seed=3, size=768), gaussian(2048, 768, seed=4).requires_grad_()
+    reader(x).square().sum().backward()
+    z = x.detach().double() @ dense(768)
+    y = z @ reader.weight().double().T + reader.bias.detach().double()
+    dz, full = 2 * y @ reader.weight().double(), 2 * y.T @ z * SCALE
+    exact = full.reshape(-1)[reader.places.flat_index.long()]
+    assert x.grad is not None
+    assert reader.values.grad is not None
+    for found, wanted in ((x.grad.double(), dz @ dense(768).T), (reader.values.grad.double(), exact)):
+        assert float((found - wanted).norm() / wanted.norm()) < 0.08
+
+
+def test_z_is_rounded_once_and_turned_once_for_all_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded: list[tuple[int, ...]] = []
+    swapped: list[tuple[int, ...]] = []
+
+    def counting(function: Callable[..., Fp8Matrix], seen: list[tuple[int, ...]]) -> Callable[..., Fp8Matrix]:
+        def counted(x: Tensor | Fp8Matrix, **how: object) -> Fp8Matrix:
+            seen.append(tuple((x if isinstance(x, Tensor) else x.values).shape))
+            return function(x, **how)
+
+        return counted
+
+    monkeypatch.setattr(fp8_products, "to_fp8", counting(to_fp8, rounded))
+    monkeypatch.setattr(fp8_products, "transposed", counting(transposed, swapped))
+    monkeypatch.setattr(spectral_linear_module, "to_fp8", counting(to_fp8, rounded))
+    readers = [Reader(out, seed=seed) for seed, out in enumerate(OUTS)]
+    x = gaussian(20, IN).requires_grad_() * 1.0
+    sum(reader(x).square().sum() for reader in readers).backward()  # pyright: ignore
+    # z; a weight in either pass and a gradient for each layer
+    assert rounded.count((20, IN)) == 1
+    assert len(rounded) == 1 + 3 * len(OUTS)
+    assert swapped.count((20, IN)) == 1
+    assert len(swapped) == 1 + 2 * len(OUTS)
+
+
+def test_either_of_inputs_and_values_may_be_without_gradient() -> None:
+    reader, x = Reader(32, seed=1), gaussian(20, IN)
+    reader(x).sum().backward()
+    assert reader.values.grad is not None
+    reader.values = reader.values.detach()
+    wanted = x.clone().requires_grad_()
+    reader(wanted).sum().backward()
+    assert wanted.grad is not None
+    with torch.no_grad():
+        assert reader(x).shape == (20, 32)
+
+
+def test_the_weight_basis_has_none_and_odd_sizes_are_multiplied_as_they_are() -> None:
+    reader = Reader(32, seed=1)
+    with pytest.raises(KernelError, match="8-bit products are of transforms"):
+        spectral_linear(
+            gaussian(4, IN),
+            reader.values,
+            base=reader.base,
+            places=reader.places,
+            basis="weight",
+            scale=1.0,
+            bias=None,
+            fp8=True,
+        )
+    odd, x = Reader(40, seed=2), gaussian(8, IN)
+    z = x.double() @ dense(IN)
+    expected = z @ odd.weight().double().T + odd.bias.detach().double()
+    torch.testing.assert_close(odd(x).detach().double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_triton_finds_the_same_scales_and_moves_the_same_numbers() -> None:
+    # of numbers that e4m3 holds: where it rounds, Triton's interpreter cuts off, or loses a carry
+    code = """
+import torch
+from qwha_cli.kernels.fp8 import to_fp8, transposed
+for rows, columns in ((1, 16), (37, 48), (70, 896)):
+    x = torch.randint(-448, 448, (rows, columns)).float().to(torch.float8_e4m3fn).float()
+    x = x * torch.logspace(-9, 9, rows, base=2).log2().round().exp2().unsqueeze(1)
+    x[rows // 2] = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (to_fp8(x.to(dtype), backend=name) for name in ("torch", "triton"))
+        assert torch.equal(a.scales, b.scales)
+        assert torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8))
+        assert torch.equal(a.dense(torch.float32), x)
+        at, bt = (transposed(a, backend=name) for name in ("torch", "triton"))
+        assert torch.equal(at.scales, bt.scales)
+        kept = at.values.float().abs() > 2.0**-6
+        assert torch.equal(at.values.float()[kept], bt.values.float()[kept])
+"""
+    run_interpreted(code)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
+@pytest.mark.parametrize("shape", [*SHAPES, (2048, 14336)])
+def test_on_a_gpu_the_numbers_are_those_of_torch(shape: tuple[int, int]) -> None:
+    x = spread(*shape).bfloat16().cuda()
+    a, b = to_fp8(x, backend="torch"), to_fp8(x, backend="triton")
+    assert torch.equal(a.scales, b.scales)
+    assert torch.equal(a.values.float(), b.values.float())
+    at, bt = transposed(a, backend="torch"), transposed(a, backend="triton")
+    assert torch.equal(at.scales, bt.scales)
+    assert torch.equal(at.values.float(), bt.values.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("shape", [(2048, 3072, 8192), (2000, 1024, 3072), (3072, 896, 8192), (4864, 896, 2048)])
+def test_on_a_gpu_products_are_those_of_the_numbers_held(shape: tuple[int, int, int], sums: bool) -> None:
+    rows, columns, count = shape
+    a, b = (to_fp8(gaussian(size, count, seed=size).cuda().bfloat16()) for size in (rows, columns))
+    found = matmul_fp8(a, b, torch.bfloat16, exact_sums=sums).float()
+    expected = (a.values.float() * a.scales.unsqueeze(1)) @ (b.values.float() * b.scales.unsqueeze(1)).T
+    error = float((found - expected).norm() / expected.norm())
+    # bfloat16's rounding is 0.0017
+    assert error < (0.003 if sums else 0.006), error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
+@pytest.mark.parametrize("keep", ["memory", "block"])
+def test_on_a_gpu_a_layer_is_as_far_from_the_exact_one_as_the_reference(keep: str) -> None:
+    assert fp8_products.FEWEST_TOKENS <= 2048
+    reader, x = Reader(512, seed=3, size=768), gaussian(2048, 768, seed=4)
+    found: list[list[Tensor]] = []
+    for device in ("cpu", "cuda"):
+        other = Reader(512, seed=3, size=768)
+        flat = reader.places.flat_index.to(device)
+        other.base, other.places = reader.base.to(device), Places.from_flat(flat, shape=reader.places.shape)
+        other.values = reader.values.detach().to(device).requires_grad_()
+        other.bias = reader.bias.detach().to(device).requires_grad_()
+        leaf = x.to(device).bfloat16().requires_grad_()
+        y = other(leaf * 1, until_backward=keep == "block")
+        y.backward(gaussian(2048, 512, seed=5).to(device).to(y.dtype))
+        assert leaf.grad is not None
+        assert other.values.grad is not None
+        found.append([t.detach().double().cpu() for t in (y, leaf.grad, other.values.grad)])
+    for cpu, cuda in zip(*found, strict=True):
+        assert float((cuda - cpu).norm() / cpu.norm()) < 0.02
