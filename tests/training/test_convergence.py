@@ -12,6 +12,7 @@ from qwha_cli.adapters.spectral.places import random_rows
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.synthetic import read
 from qwha_cli.data.tokenize import encode
+from qwha_cli.kernels import fp8_products
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.effective_weight import Basis
 from qwha_cli.kernels.places import Places
@@ -32,14 +33,14 @@ needs_model = pytest.mark.skipif(
 class InBasis(nn.Module):
     """A frozen linear layer in one of the bases, the same function in both, with entries of F at the same places."""
 
-    def __init__(self, linear: nn.Linear, name: str, *, basis: Basis, backend: Requested) -> None:
+    def __init__(self, linear: nn.Linear, name: str, *, basis: Basis, backend: Requested, fp8: bool) -> None:
         super().__init__()
         shape = (linear.out_features, linear.in_features)
         rows = random_rows(shape, entries=4 * sum(shape), seed=0, name=name)
         device = linear.weight.device
         self.places = Places.from_rows(rows.to(device))
         self.values = nn.Parameter(torch.zeros(len(self.places), device=device))
-        self.basis, self.backend = basis, backend
+        self.basis, self.backend, self.fp8 = basis, backend, fp8
         weight = linear.weight.detach()
         self.base = weight if basis == "weight" else wht(weight)
 
@@ -53,18 +54,19 @@ class InBasis(nn.Module):
             scale=1.0,
             bias=None,
             backend=self.backend,
+            fp8=self.fp8,
         )
 
 
-def curve(*, basis: Basis, backend: Requested, device: str, blocks: int, half: bool = False) -> list[float]:
-    """The loss of every step, in float32 or under bfloat16 autocast."""
+def curve(*, basis: Basis, backend: Requested, device: str, blocks: int, half: bool = False, fp8: bool = False) -> list[float]:
+    """The loss of every step, in float32, or under bfloat16 autocast, or that with 8-bit products."""
     loaded = load(MODEL, dtype=torch.float32)
     model, tokenizer = loaded.model, loaded.tokenizer
     # the first blocks of the real model: enough of it to learn with, and quick enough to wait for
     del model.model.layers[blocks:]
     model.to(device).requires_grad_(False)
     for target in find_targets(model):
-        replace(model, target.name, InBasis(get_linear(model, target.name), target.name, basis=basis, backend=backend))
+        replace(model, target.name, InBasis(get_linear(model, target.name), target.name, basis=basis, backend=backend, fp8=fp8))
     examples = read(None, split="train", seed=0, limit=2 * STEPS, tokenizer=tokenizer)
     encoded = [encode(example, tokenizer, max_length=96, mask_prompt=True) for example in examples]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -115,3 +117,24 @@ def test_both_backends_go_the_same_way(basis: Basis) -> None:
     assert rounding < 0.1
     assert distance(exact, ours_exact) < rounding
     assert distance(exact, ours_half) < 2 * rounding
+
+
+@needs_model
+@pytest.mark.slow
+def test_8_bit_products_go_the_same_way() -> None:
+    exact, eight = (curve(basis="hadamard", backend="torch", device="cpu", blocks=2, half=fp8, fp8=fp8) for fp8 in (False, True))
+    check(exact, eight, tolerance=0.05)
+
+
+@needs_model
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_8_bit_products_learn_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    # few tokens are multiplied in bfloat16 otherwise
+    monkeypatch.setattr(fp8_products, "FEWEST_TOKENS", 1)
+    half, eight = (
+        curve(basis="hadamard", backend="triton", device="cuda", blocks=30, half=True, fp8=fp8) for fp8 in (False, True)
+    )
+    assert half != eight
+    assert sum(eight[-10:]) < 0.2 * sum(eight[:10])
+    assert distance(half, eight) < 0.15

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwha_cli.data.tokenize import Encoded
-from qwha_cli.errors import Interrupted
+from qwha_cli.errors import Interrupted, UsageError
 from qwha_cli.training import precision
 from qwha_cli.training.loop import train
 from qwha_cli.training.metrics import StepMetrics
@@ -33,6 +33,19 @@ def test_auto_takes_bf16_only_where_the_cpu_multiplies_it(
 def test_what_the_recipe_names_is_taken_at_its_word() -> None:
     assert choose_precision("fp32", device=CPU).autocast is None
     assert choose_precision("bf16", device=CPU).autocast == torch.bfloat16
+
+
+def test_fp8_is_bf16_with_smaller_products_and_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choose_precision("fp8", device=CPU)
+    assert (choice.autocast, choice.fp8, choice.name) == (torch.bfloat16, True, "fp8")
+    assert "as float32" in choice.reason
+    assert not choose_precision("auto", device=CPU).fp8
+    assert choose_precision("fp32", device=CPU).name == "fp32"
+    assert choose_precision("bf16", device=CPU).name == "bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+    with pytest.raises(UsageError, match="Old Card multiplies no 8-bit"):
+        choose_precision("fp8", device=torch.device("cuda", 0))
 
 
 class Watcher:

@@ -11,16 +11,18 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from qwha_cli.adapters.adapted_linear import adapted_layers
 from qwha_cli.adapters.build import add_adapter, load_adapter, save_adapter
 from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.spectral.config import Store
 from qwha_cli.data.example import prompt_and_response
 from qwha_cli.data.tokenize import encode
-from qwha_cli.errors import Interrupted
+from qwha_cli.errors import Interrupted, UsageError
 from qwha_cli.evaluation.answers import answer_perplexity, exact_match
 from qwha_cli.evaluation.harness import TaskRequest, run_tasks
 from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.kernels.sparse_matmul import SparseRows
+from qwha_cli.kernels.spectral_linear import Keep
 from qwha_cli.quant.checkpoint import load_base, save_base
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.packed import Basis, QuantizerOptions
@@ -208,3 +210,39 @@ def test_generation_and_lm_eval_run_on_the_adapted_quantized_model(tmp_path: Pat
     request = TaskRequest(name="piqa", shots=0, limit=None, data={"validation": str(tmp_path / "piqa.jsonl")})
     scores, _ = run_tasks(model, TOKENIZER, [request], batch_size=2, seed=0)
     assert {s.metric for s in scores} == {"acc", "acc_norm"}
+
+
+def test_fp8_follows_the_float32_curve_resumes_bit_for_bit_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    base = quantized(tmp_path / "base", "hadamard")
+    full = fit(adapted(base), tmp_path / "a")
+    model = adapted(base)
+    result = fit(model, tmp_path / "b", precision="fp8")
+    assert result.precision == "fp8"
+    assert any("8-bit products in 15 of 21 adapted layers" in note for note in result.notes)
+    assert result.first_loss == pytest.approx(full.first_loss, rel=0.03)
+    assert result.last_loss == pytest.approx(full.last_loss, rel=0.2)
+    # it was another arithmetic, and is not any more
+    assert result.last_loss != fit(adapted(base), tmp_path / "c", precision="bf16").last_loss
+    assert not any(layer.fp8 for layer in adapted_layers(model).values())
+    with pytest.raises(Interrupted):
+        fit(adapted(base), tmp_path / "d", precision="fp8", stop_after=10)
+    resumed = adapted(base)
+    assert fit(resumed, tmp_path / "d", precision="fp8").resumed_from == 10
+    assert all(torch.equal(tensor, values(resumed)[name]) for name, tensor in values(model).items())
+
+
+@pytest.mark.parametrize("keep", ["block", "speed"])
+def test_fp8_trains_the_very_same_values_whatever_is_kept_and_recomputed(tmp_path: Path, keep: Keep) -> None:
+    base = quantized(tmp_path / "base", "hadamard")
+    plain, other = adapted(base), adapted(base)
+    fit(plain, tmp_path / "a", steps=3, precision="fp8")
+    set_keep(other, keep)
+    fit(other, tmp_path / "b", steps=3, precision="fp8", checkpointing=True)
+    assert all(torch.equal(tensor, values(other)[name]) for name, tensor in values(plain).items())
+
+
+@pytest.mark.parametrize(("kind", "basis"), [(adapted, "weight"), (adapted_low_rank, "hadamard")])
+def test_fp8_without_a_layer_that_has_it_is_refused(tmp_path: Path, kind: Callable[[Path], PeftModel], basis: Basis) -> None:
+    base = quantized(tmp_path / "base", basis)
+    with pytest.raises(UsageError, match="no adapted layer has 8-bit products"):
+        fit(kind(base), tmp_path / "a", precision="fp8")

@@ -113,7 +113,7 @@ class SpectralLinear(AdaptedLinear):
     def _put(self, adapter_name: str, values: Tensor, gaps: Tensor) -> None:
         trainable = self.qwha_values[adapter_name].requires_grad if adapter_name in self.qwha_values else True
         device = device_of(self.base_layer)
-        # clone: rows is a value, training must not write into the caller's tensor
+        # clone: training must not write into the caller's tensor
         self.qwha_values[adapter_name] = nn.Parameter(values.to(device).clone(), requires_grad=trainable)
         self.qwha_gaps[adapter_name] = gaps.cpu()
         self._forget()
@@ -236,9 +236,7 @@ class SpectralLinear(AdaptedLinear):
     def renew_kept(self) -> None:
         """Compute the weights that keep="speed" has kept again, where they lie, if values have changed since."""
         # asked of every layer before every step
-        if self.keep != "speed":
-            return
-        names = self._in_use()
+        names = self._in_use() if self.keep == "speed" else ()
         if not names:
             return
         transform, sources = self.qwha_transform[names[0]], [self.qwha_values[name] for name in names]
