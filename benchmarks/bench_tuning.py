@@ -55,6 +55,8 @@ ROWS: dict[str, tuple[str | None, dict[str, object]]] = {
     "ours, scales + pursuit, values": ("ours, scales", {"method": "pursuit"} | VALUES),
     "ours + LoRA, cloq": ("ours", {"method": "cloq"}),
 }
+# rows that differ from another in the arithmetic of their training alone, and start where it does
+FP8 = {"ours + pursuit, fp8": "ours + pursuit"}
 HELD_OUT = 256
 
 
@@ -100,7 +102,7 @@ class Study:
 
     def jobs(self) -> Iterator[Job]:
         """Everything that can be named now; the rest follows when the learning rates are known."""
-        yield from (Job("prepare", row) for row in self.rows)
+        yield from dict.fromkeys(Job("prepare", _start(row)) for row in self.rows)
         rows = [row for row in self.rows if not self._is_lost(row)]
         yield from (Job("train", row, lr, 1, self.seeds[0]) for row in rows for lr in self.lrs)
         yield from (Job("score", row) for row in rows)
@@ -164,7 +166,7 @@ class Study:
 
     def _is_lost(self, row: str) -> bool:
         """Whether a row could not be prepared."""
-        path = self.work / f"{Job('prepare', row).name}.json"
+        path = self.work / f"{Job('prepare', _start(row)).name}.json"
         return path.is_file() and "failed" in json.loads(path.read_text())
 
     def _is_ready(self, job: Job) -> bool:
@@ -172,7 +174,7 @@ class Study:
             return False
         if job.kind == "prepare":
             return True
-        needs = [Job("prepare", job.row)]
+        needs = [Job("prepare", _start(job.row))]
         if job.kind == "score" and job.epochs:
             needs.append(Job("train", job.row, job.lr, job.epochs, job.seed))
         return all(self._is_done(need) for need in needs)
@@ -187,7 +189,7 @@ class Study:
     # ---- the work
 
     def _root(self, row: str) -> Path:
-        return self.work / f"root-{Job('prepare', row).name}"
+        return self.work / f"root-{Job('prepare', _start(row)).name}"
 
     def _prepare(self, job: Job) -> dict[str, object]:
         base, init = ROWS[job.row]
@@ -217,7 +219,7 @@ class Study:
         return {"bits_per_weight": result.stages["init"].results["bits_per_weight"]}
 
     def _model(self, row: str, *, trainable: bool) -> PeftModel:
-        if ROWS[row][0] is None:
+        if ROWS[_start(row)][0] is None:
             model = load(self.a.model, dtype=self.dtype).model
             torch.manual_seed(0)
             names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -238,7 +240,7 @@ class Study:
         settings = TrainSettings(
             lr=job.lr, pad_id=cast(int, self.tokenizer.pad_token_id), seed=job.seed, epochs=job.epochs,
             batch_size=self.a.rows_per_step, max_length=512, packing=True, save_every=None,
-            validate_every=10**9,
+            validate_every=10**9, precision="fp8" if job.row in FP8 else "auto",
         )  # fmt: skip
         outcome = train(
             model, self.train, encoded_validation=self.held, settings=settings, work_dir=self.work / f"{job.name}.work",
@@ -274,6 +276,11 @@ class Study:
         }  # fmt: skip
 
 
+def _start(row: str) -> str:
+    """The row whose quantization and initialisation a row has."""
+    return FP8.get(row, row)
+
+
 class _Quiet:
     """A watcher of the training that says nothing."""
 
@@ -289,12 +296,12 @@ def table(paths: Iterable[str]) -> str:
     bits = {line["row"]: line.get("bits_per_weight") for line in lines if line["kind"] == "prepare"}
     head = [f"{'before' if not e else f'{e} epoch' + 's' * (e > 1)}, {what}" for e in epochs for what in ("ppl", "exact match %")]
     parts = ["| | bits a weight | learning rate | " + " | ".join(head) + " |", "|---" * (3 + len(head)) + "|"]
-    for row in ROWS:
+    for row in (*ROWS, *FP8):
         own = [line for line in scores if line["row"] == row]
         if not own:
             continue
         rates = {line["lr"] for line in own if line["epochs"]}
-        cells = [f"{bits.get(row) or 16:.2f}", ", ".join(f"{rate:g}" for rate in sorted(rates)) or "–"]
+        cells = [f"{bits.get(_start(row)) or 16:.2f}", ", ".join(f"{rate:g}" for rate in sorted(rates)) or "–"]
         for e in epochs:
             found = [line for line in own if line["epochs"] == e]
             cells += [_spread([line["answers"] for line in found], 3), _spread([100 * line["exact"] for line in found], 1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -17,11 +19,15 @@ def sylvester_rows(x: Tensor, scale: float, *, inner: int) -> Tensor:
     size = x.shape[-1]
     outer, rows = size // inner, x.numel() // size
     group = max(1, min(_NUMBERS // size, rows))
-    kind = torch.float32 if x.dtype == torch.float32 else x.dtype
-    left, right = (base_matrix(order).to(device=x.device, dtype=kind) for order in (outer, inner))
+    left, right = (_sylvester(order, x.device, x.dtype) for order in (outer, inner))
     out = torch.empty_like(x)
     _rows[(-(-rows // group),)](x, out, left, right, rows, scale, GROUP=group, OUTER=outer, INNER=inner, num_warps=8)
     return out
+
+
+@lru_cache(maxsize=32)
+def _sylvester(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return base_matrix(order).to(device=device, dtype=dtype)
 
 
 @triton.jit(do_not_specialize=["rows"])
