@@ -57,7 +57,7 @@ CANDIDATES: tuple[Config, ...] = (
 
 # the best of the candidates on an H100, over seven shapes of layers (docs/results/speed.md)
 _PACKED = Config()
-_STRADDLING = Config(rows=4, columns=512, span=1024)
+_TABLE = Config(rows=4, columns=512, span=1024)
 _DENSE = Config(rows=4, columns=512, span=512)
 
 
@@ -65,8 +65,8 @@ def config_for(base: Codes | Tensor | None) -> Config:
     """The cut for a base, which is codes, a dense matrix, or None for zeros."""
     if not isinstance(base, Codes):
         return _DENSE
-    # three bits and a table look-up take more registers a number
-    return _STRADDLING if base.bits == 3 or base.layout == "nf4" else _PACKED
+    # a table look-up takes more registers a number
+    return _TABLE if base.layout == "nf4" else _PACKED
 
 
 def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor:
@@ -139,13 +139,13 @@ def _gptq_codes(ptr, row, inside, start, stride, columns, BITS: tl.constexpr, CO
     words = (columns * BITS + 31) // 32
     i = tl.arange(0, COLUMNS)
     if BITS == 3:
-        word = (start // 32 + tl.arange(0, COLUMNS // 32))[None, :] * 3
-        first = _repeat(_word(ptr, row, word, stride, inside & (word < words)), 32)
-        second = _repeat(_word(ptr, row, word + 1, stride, inside & (word + 1 < words)), 32)
-        third = _repeat(_word(ptr, row, word + 2, stride, inside & (word + 2 < words)), 32)
-        bit = ((i % 32) * 3)[None, :]
-        low = tl.where(bit < 32, first, tl.where(bit < 64, second, third))
-        found = _straddling(low, tl.where(bit < 32, second, third), (bit % 32).to(tl.uint32))
+        # eight codes are 24 bits, of one word or two: these change hands, eight at a time
+        eight = tl.arange(0, COLUMNS // 8)
+        word = (start // 32 * 3 + eight * 3 // 4)[None, :]
+        low = _word(ptr, row, word, stride, inside & (word < words))
+        high = _word(ptr, row, word + 1, stride, inside & (word + 1 < words))
+        found = _repeat(_straddling(low, high, (eight * 24 % 32)[None, :].to(tl.uint32)), 8)
+        found = found >> ((i % 8) * 3)[None, :].to(tl.uint32)
     else:
         per: tl.constexpr = 32 // BITS
         word = (start // per + tl.arange(0, COLUMNS // per))[None, :]

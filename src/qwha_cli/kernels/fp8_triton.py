@@ -31,13 +31,14 @@ def transposed(values: Tensor, scales: Tensor, whole: Tensor, *, padded: int) ->
     """Values (columns, padded) e4m3 and scales (columns,) of `fp8.transposed`; `whole` is the largest of the scales."""
     rows, columns = values.shape
     turned = torch.empty(columns, padded, dtype=E4M3, device=values.device)
+    same = torch.empty(columns, dtype=torch.float32, device=values.device)
     if padded:
         grid = (triton.cdiv(columns, _COLUMNS), triton.cdiv(padded, _ROWS))
         with torch.cuda.device_of(values):
             _transposed[grid](
-                values, scales, whole, turned, rows, columns, padded, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS
+                values, scales, whole, turned, same, rows, columns, padded, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS
             )  # fmt: skip
-    return turned, whole.expand(columns).contiguous()
+    return turned, same
 
 
 @triton.jit
@@ -57,13 +58,16 @@ def _to_fp8(x_ptr, values_ptr, scales_ptr, columns, SPAN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _transposed(
-    values_ptr, scales_ptr, whole_ptr, turned_ptr, rows, columns, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    values_ptr, scales_ptr, whole_ptr, turned_ptr, same_ptr, rows, columns, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     values = tl.load(values_ptr + row[:, None].to(tl.int64) * columns + column[None, :], mask=mask, other=0.0)
-    factor = tl.load(scales_ptr + row, mask=row < rows, other=0.0) / tl.load(whole_ptr)
+    whole = tl.load(whole_ptr)
+    if tl.program_id(1) == 0:
+        tl.store(same_ptr + column, tl.zeros([COLUMNS], tl.float32) + whole, mask=column < columns)
+    factor = tl.load(scales_ptr + row, mask=row < rows, other=0.0) / whole
     moved = tl.trans((values.to(tl.float32) * factor[:, None]).to(tl.float8e4nv))
     inside = (column < columns)[:, None] & (row < padded)[None, :]
     tl.store(turned_ptr + column[:, None].to(tl.int64) * padded + row[None, :], moved, mask=inside)
