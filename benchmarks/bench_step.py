@@ -131,6 +131,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     "ours, hadamard, keep memory": _ours("hadamard", "memory"),
     "ours, hadamard, keep speed": _ours("hadamard", "speed"),
     FP8: _ours("hadamard"),
+    f"{FP8}, keep speed": _ours("hadamard", "speed"),
     "ours, hadamard, 8-bit embeddings": _ours("hadamard", embedding_bits=8),
     "ours, hadamard, 8-bit embeddings, keep memory": _ours("hadamard", "memory", embedding_bits=8),
 }
@@ -167,7 +168,7 @@ class Step:
         if choice.layers:
             apply_to_layers(self.causal)
         self.fused = choice.loss
-        self.fp8 = choose_fp8(model) if fp8 else None
+        self.fp8 = choose_fp8(model, wanted=fp8, tokens=16 * length, device=self.device)
         self.blocks = choose_fused_blocks(self.causal, wanted=liger and not apart, device=self.device, dtype=DTYPE).fused
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.block = any(layer.keep == "block" for layer in adapted_layers(model).values())
@@ -192,8 +193,7 @@ class Step:
         self.model.train()
         with contextlib.ExitStack() as stack:
             stack.enter_context(varlen_attention(self.causal))
-            if self.fp8 is not None:
-                stack.enter_context(fp8_products(self.fp8))
+            stack.enter_context(fp8_products(self.fp8))
             if self.blocks:
                 stack.enter_context(fused_blocks(self.causal))
             head: FusedHead | None = stack.enter_context(fused_head(self.causal)) if self.fused else None
@@ -267,7 +267,7 @@ def _step(row: str, a: argparse.Namespace) -> Step:
         device=a.device,
         launch=a.launch,
         apart=a.apart,
-        fp8=row == FP8,
+        fp8=row.startswith(FP8),
     )
 
 

@@ -29,7 +29,7 @@ from results_csv import read_lines
 from sweeps import BATCHES, LENGTHS, SHAPE, SIZES, Line, Sweep, series
 
 INK, FAINT, GRID, OURS, OTHERS = "#1d2330", "#626b7a", "#e4e6ea", "#c8552b", "#1f5f8b"
-OURS_FAMILY = (OURS, "#e8a06f", "#8a3414", "#d98a1f", "#7d5a3c", "#c9a227", "#b0507a")
+OURS_FAMILY = (OURS, "#e8a06f", "#8a3414", "#d98a1f", "#7d5a3c", "#c9a227", "#b0507a", "#5e4b8b")
 OTHERS_FAMILY = ("#1d2330", OTHERS, "#6aa9d2", "#3f8f80", "#9aa3b0", "#7a6aa8")
 # of a panel's height, between the middles of two labels
 LABEL_GAP = 0.056

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -13,13 +14,17 @@ from torch import nn
 
 from qwha_cli.adapters.adapted_linear import adapted_layers
 from qwha_cli.adapters.build import add_adapter, load_adapter, save_adapter
+from qwha_cli.adapters.fp8 import choose_fp8, fp8_products
 from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.spectral.config import Store
+from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.data.example import prompt_and_response
 from qwha_cli.data.tokenize import encode
 from qwha_cli.errors import Interrupted, UsageError
 from qwha_cli.evaluation.answers import answer_perplexity, exact_match
 from qwha_cli.evaluation.harness import TaskRequest, run_tasks
+from qwha_cli.kernels.fp8 import E4M3
+from qwha_cli.kernels.fp8_products import Fp8Weight
 from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.spectral_linear import Keep
@@ -246,3 +251,37 @@ def test_fp8_without_a_layer_that_has_it_is_refused(tmp_path: Path, kind: Callab
     base = quantized(tmp_path / "base", basis)
     with pytest.raises(UsageError, match="no adapted layer has 8-bit products"):
         fit(kind(base), tmp_path / "a", precision="fp8")
+
+
+def test_what_keep_speed_keeps_of_8_bit_weights_is_made_once_a_step_and_stays_where_it_is(tmp_path: Path) -> None:
+    model = adapted(quantized(tmp_path / "base", "hadamard"))
+    set_keep(model, "speed")
+    model.train()
+    fitting = choose_fp8(model, wanted=True, tokens=8, device=torch.device("cpu"))
+    layer = cast(SpectralLinear, fitting.layers[0])
+    x = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
+    with fp8_products(fitting):
+        before = layer(x)
+        kept = layer._kept(("default",), "wht", E4M3)
+        assert isinstance(kept, Fp8Weight)
+        assert len(layer._weights) == 1
+        with torch.no_grad():
+            layer.qwha_values["default"].add_(1.0)
+        layer.renew_kept()
+        again = layer._kept(("default",), "wht", E4M3)
+        assert [a.data_ptr() for a in kept] == [b.data_ptr() for b in again]
+        after = layer(x)
+    assert not torch.equal(before, after)
+    other = adapted(tmp_path / "base")
+    plain = cast(SpectralLinear, choose_fp8(other, wanted=True, tokens=8, device=torch.device("cpu")).layers[0])
+    with torch.no_grad():
+        plain.qwha_values["default"].add_(1.0)
+    plain.fp8 = True
+    assert torch.equal(plain(x), after)
+
+
+def test_batches_too_small_for_8_bit_products_on_a_gpu_are_refused(tmp_path: Path) -> None:
+    model = adapted(quantized(tmp_path / "base", "hadamard"))
+    with pytest.raises(UsageError, match="begin at 2,048 tokens a forward, and batches have 512"):
+        choose_fp8(model, wanted=True, tokens=512, device=torch.device("cuda", 0))
+    assert choose_fp8(model, wanted=False, tokens=512, device=torch.device("cuda", 0)).layers == ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -56,7 +57,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._caching = False
-        self._weights: Derived[Tensor] = Derived()
+        # dense, or in 8 bits as two matrices
+        self._weights: Derived[Any] = Derived()
         self._codes: list[QuantizedLinear] = []
 
     # ---- what a kind of adapter says

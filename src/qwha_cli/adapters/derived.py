@@ -47,13 +47,14 @@ class Derived(Generic[T]):
         self._entries[key] = _Entry(tuple(sources), tuple(_version(source) for source in sources), result)
         return result
 
-    def renew(self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
-        """As `get`, but an outdated tensor gets its new numbers where it lies, for those who hold its address."""
+    def renew(self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
+        """As `get`, but an outdated tensor, or tuple of them, gets its new numbers where it lies, for those who read there."""
         entry = self._entries.get(key)
-        if entry is None or _unchanged(entry, sources) or not isinstance(entry.result, Tensor):
-            return cast(Tensor, self.get(key, sources, cast("Callable[[], T]", make)))
+        if entry is None or _unchanged(entry, sources):
+            return self.get(key, sources, make)
         with torch.inference_mode(False), torch.no_grad():
-            entry.result.copy_(make())
+            for old, new in zip(_tensors(entry.result), _tensors(make()), strict=True):
+                old.copy_(new)
         self._entries[key] = _Entry(tuple(sources), tuple(_version(source) for source in sources), entry.result)
         return entry.result
 
@@ -73,6 +74,10 @@ class Derived(Generic[T]):
 
     def __reduce__(self) -> tuple[type[Derived[T]], tuple[()]]:
         return Derived, ()
+
+
+def _tensors(result: object) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else cast("tuple[Tensor, ...]", result)
 
 
 def _unchanged(entry: _Entry[T], sources: Sequence[Tensor]) -> bool:

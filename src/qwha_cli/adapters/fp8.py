@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Generator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from qwha_cli.adapters.adapted_linear import AdaptedLinear, adapted_layers
@@ -21,22 +22,33 @@ class Fp8Choice:
 
     Attributes:
         layers: Those that will.
-        reason: One sentence for the run's notes.
+        reasons: A sentence for the run's notes, or none.
     """
 
-    layers: tuple[AdaptedLinear, ...]
-    reason: str
+    layers: tuple[AdaptedLinear, ...] = ()
+    reasons: tuple[str, ...] = ()
 
 
-def choose_fp8(model: nn.Module) -> Fp8Choice:
+def choose_fp8(model: nn.Module, *, wanted: bool, tokens: int, device: torch.device) -> Fp8Choice:
     """Find the layers whose products can be of 8-bit numbers.
 
     Args:
-        model: With adapters, trained in `precision: fp8`.
+        model: With adapters.
+        wanted: Whether it is trained in `precision: fp8`.
+        tokens: The most that a forward has on this device.
+        device: Where it is trained.
 
     Raises:
-        UsageError: No layer is in the Hadamard basis, or has sizes that suit.
+        UsageError: No layer is in the Hadamard basis, or has sizes that suit; or no batch has tokens enough.
     """
+    if not wanted:
+        return Fp8Choice()
+    if device.type == "cuda" and tokens < FEWEST_TOKENS:
+        raise UsageError(
+            f"8-bit products begin at {FEWEST_TOKENS:,} tokens a forward, and batches have {tokens:,} on each GPU at most",
+            where="train.precision",
+            remedy="use bf16, raise train.batch_size, or lower train.accumulation instead of it",
+        )
     found = adapted_layers(model).values()
     fitting = tuple(layer for layer in found if _fits(layer))
     if not fitting:
@@ -46,7 +58,7 @@ def choose_fp8(model: nn.Module) -> Fp8Choice:
             remedy="use bf16, or quantize with quantize.basis=hadamard",
         )
     reason = f"8-bit products in {len(fitting)} of {len(found)} adapted layers, on a GPU for {FEWEST_TOKENS:,} tokens or more"
-    return Fp8Choice(fitting, reason)
+    return Fp8Choice(fitting, (reason,))
 
 
 def _fits(layer: AdaptedLinear) -> bool:

@@ -10,7 +10,7 @@ the first that is differentiated makes zᵀ, and the others find it on the gradi
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,15 +25,38 @@ FEWEST_TOKENS = 2048
 _FORM, _TURNED = "_qwha_fp8", "_qwha_fp8_turned"
 
 
-def suits_fp8(z: Tensor, shape: tuple[int, int]) -> bool:
-    """Whether the products of z (..., in) and a weight (out, in) are of 8-bit numbers, where that is wanted.
+class Fp8Weight(NamedTuple):
+    """A weight in both forms that the passes read, as tensors, for those who keep it.
 
-    On a GPU: of bfloat16, for many tokens, and of sizes that its tensor cores take. Elsewhere always, as the torch form computes
+    Attributes:
+        values: W (out, in), e4m3.
+        scales: Its rows' (out,).
+        turned: Wᵀ (in, out), e4m3.
+        turned_scales: Its rows' (in,).
+    """
+
+    values: Tensor
+    scales: Tensor
+    turned: Tensor
+    turned_scales: Tensor
+
+
+def fp8_weight(weight: Tensor, *, backend: Requested) -> Fp8Weight:
+    """A dense weight (out, in) in both forms."""
+    forward = to_fp8(weight, backend=backend)
+    backward = transposed(forward, backend=backend)
+    return Fp8Weight(forward.values, forward.scales, backward.values, backward.scales)
+
+
+def suits_fp8(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether the products of x (..., in) and a weight (out, in) are of 8-bit numbers, where that is wanted.
+
+    On a GPU: in bfloat16, for many tokens, and of sizes that its tensor cores take. Elsewhere always, as the torch form computes
     anything: it is there to be compared with.
     """
     if shape[0] % MULTIPLE or shape[1] % MULTIPLE:
         return False
-    return z.device.type != "cuda" or (z.dtype == torch.bfloat16 and z.numel() // z.shape[-1] >= FEWEST_TOKENS)
+    return x.device.type != "cuda" or (dtype == torch.bfloat16 and x.numel() // x.shape[-1] >= FEWEST_TOKENS)
 
 
 def shared_fp8(z: Tensor, *, backend: Requested) -> Fp8Matrix:
@@ -64,6 +87,7 @@ def fp8_gradients(
     z: Fp8Matrix,
     weight: Fp8Matrix | None,
     *,
+    turned: bool = False,
     dtype: torch.dtype,
     wanted: bool,
     backend: Requested,
@@ -74,7 +98,8 @@ def fp8_gradients(
         dy: (..., out).
         passed: (..., in), what later layers have found for the same z, written over if it is ours alone; None for nothing.
         z: (tokens, in), as in the forward pass.
-        weight: (out, in), likewise; None if no gradient of z is wanted.
+        weight: (out, in), likewise, or its transpose; None if no gradient of z is wanted.
+        turned: Whether it is the transpose.
         dtype: Of the results.
         wanted: Whether the second is.
         backend: Which implementation rounds and transposes.
@@ -85,12 +110,13 @@ def fp8_gradients(
     rows = to_fp8(dy.reshape(-1, dy.shape[-1]), backend=backend)
     dz = spectrum = None
     if weight is not None:
-        dz = matmul_fp8(rows, transposed(weight, backend=backend), dtype).view(*dy.shape[:-1], weight.values.shape[1])
+        weight = weight if turned else transposed(weight, backend=backend)
+        dz = matmul_fp8(rows, weight, dtype).view(*dy.shape[:-1], -1)
     if dz is not None and passed is not None:
         dz = passed.add_(dz) if is_ours(passed) else passed + dz
     if wanted:
-        turned = cast("Fp8Matrix | None", getattr(passed, _TURNED, None)) or transposed(z, backend=backend)
-        spectrum = matmul_fp8(transposed(rows, backend=backend), turned, dtype)
+        other = cast("Fp8Matrix | None", getattr(passed, _TURNED, None)) or transposed(z, backend=backend)
+        spectrum = matmul_fp8(transposed(rows, backend=backend), other, dtype)
         if dz is not None:
-            setattr(dz, _TURNED, turned)
+            setattr(dz, _TURNED, other)
     return dz, spectrum

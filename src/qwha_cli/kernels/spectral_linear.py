@@ -26,7 +26,7 @@ from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.codes import Codes, put_together, taken_apart
 from qwha_cli.kernels.effective_weight import Basis, Transform, build_weight, check_shapes, gather_entries, transform_backend
 from qwha_cli.kernels.fp8 import Fp8Matrix, to_fp8
-from qwha_cli.kernels.fp8_products import fp8_gradients, fp8_product, hand_on_fp8, shared_fp8, suits_fp8
+from qwha_cli.kernels.fp8_products import Fp8Weight, fp8_gradients, fp8_product, hand_on_fp8, shared_fp8, suits_fp8
 from qwha_cli.kernels.gradient_chain import is_ours, mark_ours
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.shared_wht import hand_on, shared_wht
@@ -48,7 +48,7 @@ def spectral_linear(
     backend: Requested = "auto",
     weight: Tensor | None = None,
     until_backward: bool = False,
-    fp8: bool = False,
+    fp8: bool | Fp8Weight = False,
 ) -> Tensor:
     """Apply the adapted layer.
 
@@ -67,7 +67,8 @@ def spectral_linear(
         until_backward: Whether a weight that is built here, where inputs want a gradient, is saved for the backward pass instead
             of being built again there. Meant for checkpointing, which drops it at once in the first forward pass, so that only
             the weights of the block whose turn it is are there.
-        fp8: Whether products are of 8-bit numbers where `suits_fp8` says so; only for basis "hadamard".
+        fp8: Whether products are of 8-bit numbers where `suits_fp8` says so; or the weight as such, where the caller has it and
+            keeps it, and then they are. Only for basis "hadamard".
 
     Returns:
         (..., out), computed in the autocast dtype where autocast is on for x's device, else in x's dtype.
@@ -80,23 +81,24 @@ def spectral_linear(
         raise KernelError("the identity transform has no Hadamard basis", remedy="use basis weight or transform wht")
     if x.shape[-1] != places.shape[1]:
         raise KernelError(f"x has {x.shape[-1]} columns, the weight has {places.shape[1]}")
-    if fp8 and basis != "hadamard":
+    if fp8 is not False and basis != "hadamard":
         raise KernelError("8-bit products are of transforms", remedy="use basis hadamard")
     dtype = computing_dtype(x)
     bias = bias.to(dtype) if bias is not None else None
     with torch.autocast(x.device.type, enabled=False):
         z = basis_input(x, dtype, basis=basis, backend=backend)
         how = _How(places, scale, basis == "hadamard" or transform == "identity", backend, shared=basis == "hadamard")
-        if weight is None and until_backward and z.requires_grad:
+        kept8 = fp8 if isinstance(fp8, Fp8Weight) else None
+        if weight is None and kept8 is None and until_backward and z.requires_grad:
             with torch.no_grad():
                 weight = how.weight(base, values, dtype)
         z8 = w8 = None
-        if fp8 and suits_fp8(z, places.shape):
+        if kept8 is not None or (fp8 and suits_fp8(z, places.shape, dtype)):
             z8 = shared_fp8(z, backend=backend)
             if until_backward and weight is not None:
                 # half as large as a dense one until then
                 w8, weight = to_fp8(weight, backend=backend), None
-        rest = (bias, weight, base, how, z8, w8)
+        rest = (bias, weight, base, how, z8, w8 if kept8 is None else kept8)
         promise, passed = cast("tuple[Tensor, Tensor | None]", _Gradients.apply(z, values, *rest))
         if passed is not None:
             hand_on(x, z, passed)
@@ -156,14 +158,16 @@ class _Gradients(torch.autograd.Function):
         base: Codes | Tensor,
         how: _How,
         z8: Fp8Matrix | None,
-        w8: Fp8Matrix | None,
+        w8: Fp8Matrix | Fp8Weight | None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.how, ctx.dtype = how, z.dtype
         again = weight is None and w8 is None and ctx.needs_input_grad[0]
         tensors, ctx.form = taken_apart(base) if again else ((), None)
         # None instead of zeros for a y, or a z that was passed on, that nobody used
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(values, z if z8 is None else None, weight, *_halves(z8), *_halves(w8), *tensors)
+        ctx.turned = isinstance(w8, Fp8Weight)
+        other = Fp8Matrix(w8.turned, w8.turned_scales) if isinstance(w8, Fp8Weight) else w8
+        ctx.save_for_backward(values, z if z8 is None else None, weight, *_halves(z8), *_halves(other), *tensors)
         promise = z.new_empty(()).expand(*z.shape[:-1], how.places.shape[0])
         return promise, z.detach() if how.shared and ctx.needs_input_grad[0] else None
 
@@ -196,14 +200,14 @@ class _Product(torch.autograd.Function):
         base: Codes | Tensor,
         how: _How,
         z8: Fp8Matrix | None,
-        w8: Fp8Matrix | None,
+        w8: Fp8Matrix | Fp8Weight | None,
     ) -> Tensor:
         if w8 is None and weight is None:
             weight = how.weight(base, values, z.dtype)
         if z8 is None:
             return torch.nn.functional.linear(z, cast(Tensor, weight), bias)
-        w8 = to_fp8(cast(Tensor, weight), backend=how.backend) if w8 is None else w8
-        return fp8_product(z8, w8, bias, dtype=z.dtype).view(*z.shape[:-1], -1)
+        own = to_fp8(cast(Tensor, weight), backend=how.backend) if w8 is None else Fp8Matrix(w8.values, w8.scales)
+        return fp8_product(z8, own, bias, dtype=z.dtype).view(*z.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -224,7 +228,8 @@ def _gradients(ctx: Any, dy: Tensor, passed: Tensor | None) -> tuple[Tensor | No
         if ctx.needs_input_grad[0] and w8 is None:
             w8 = to_fp8(cast(Tensor, weight), backend=how.backend)
         weight = None
-        dz, spectrum = fp8_gradients(dy, passed, z8, w8, dtype=ctx.dtype, wanted=ctx.needs_input_grad[1], backend=how.backend)
+        what = {"turned": ctx.turned, "dtype": ctx.dtype, "wanted": ctx.needs_input_grad[1]}
+        dz, spectrum = fp8_gradients(dy, passed, z8, w8, **what, backend=how.backend)
     elif ctx.needs_input_grad[0]:
         dz = _added_product(passed, dy, cast(Tensor, weight))
     if dz is not None and how.shared:

@@ -81,7 +81,8 @@ class Engine:
         )
         self.precision = choose_precision(settings.precision, device=self.device)
         base = causal_model(model)
-        self.fp8: Fp8Choice | None = choose_fp8(model) if self.precision.fp8 else None
+        tokens = settings.batch_size // self.ranks * settings.max_length
+        self.fp8: Fp8Choice = choose_fp8(model, wanted=self.precision.fp8, tokens=tokens, device=self.device)
         self.kernels = choose_kernels(settings.kernels, model=base, device=self.device)
         dtype = self.precision.autocast or base.dtype
         self.fused: FusedChoice = choose_fused_blocks(base, wanted=settings.kernels != "torch", device=self.device, dtype=dtype)
@@ -107,7 +108,7 @@ class Engine:
     @property
     def reasons(self) -> tuple[str, ...]:
         """What was chosen for this device and why, for the run's notes."""
-        precision = (self.precision.reason, *([] if self.fp8 is None else [self.fp8.reason]))
+        precision = (self.precision.reason, *self.fp8.reasons)
         if self.device.type != "cuda":
             # three sentences that a GPU is missing would hide the one that says something
             others = f"transformers' own layers, padded batches and single kernels, as always on {self.device.type}"
@@ -136,8 +137,7 @@ class Engine:
         try:
             with contextlib.ExitStack() as stack:
                 self._head = stack.enter_context(fused_head(base)) if self.kernels.loss else None
-                if self.fp8 is not None:
-                    stack.enter_context(fp8_products(self.fp8))
+                stack.enter_context(fp8_products(self.fp8))
                 if self.fused.fused:
                     stack.enter_context(fused_blocks(base))
                 if self.flat is not None:

@@ -24,11 +24,14 @@ from qwha_cli.adapters.adapted_linear import AdaptedLinear
 from qwha_cli.adapters.base_layer import device_of
 from qwha_cli.adapters.derived import Derived
 from qwha_cli.adapters.spectral.config import Sizes
+from qwha_cli.adapters.spectral.places import read_places
 from qwha_cli.adapters.spectral.values import Values, frozen, moved, widen_trained
-from qwha_cli.errors import ArtifactError, KernelError
+from qwha_cli.errors import ArtifactError
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.effective_weight import Transform, effective_weight
-from qwha_cli.kernels.gaps import UNFILLED, decode_gaps, encode_gaps
+from qwha_cli.kernels.fp8 import E4M3
+from qwha_cli.kernels.fp8_products import Fp8Weight, fp8_weight, suits_fp8
+from qwha_cli.kernels.gaps import UNFILLED, encode_gaps
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.quant_matmul import quant_matmul, suits
 from qwha_cli.kernels.sparse_matmul import SparseRows
@@ -145,25 +148,15 @@ class SpectralLinear(AdaptedLinear):
         """
         return self._places((adapter_name,))[0].with_values(self.qwha_values[adapter_name].detach().float())
 
-    def _read_places(self, adapter_name: str) -> Places:
-        """Where the entries of one adapter lie, read anew from the stream."""
-        gaps = cast(Tensor, self.qwha_gaps[adapter_name])
-        try:
-            flat = decode_gaps(gaps.to(device_of(self.base_layer)), entries=len(self.qwha_values[adapter_name]), size=self._size)
-        except KernelError as error:
-            raise ArtifactError(
-                f"the places of adapter {adapter_name} are damaged or were never loaded: {error.message}",
-                remedy="load it from an undamaged folder; a config with entries is for loading, not for a fresh adapter",
-            ) from error
-        return Places.from_flat(flat, shape=(self.out_features, self.in_features))
-
     def _places(self, names: tuple[str, ...]) -> tuple[Places, Tensor | None]:
         """Where the entries of adapters lie, each place once, and for several adapters which of them each entry is."""
         sources = [cast(Tensor, self.qwha_gaps[name]) for name in names]
         return self._index.get(names, sources, lambda: self._make_places(names))
 
     def _make_places(self, names: tuple[str, ...]) -> tuple[Places, Tensor | None]:
-        parts = [self._read_places(name) for name in names]
+        shape, device = (self.out_features, self.in_features), device_of(self.base_layer)
+        streams = {name: (cast(Tensor, self.qwha_gaps[name]), len(self.qwha_values[name])) for name in names}
+        parts = [read_places(*stream, shape=shape, device=device, name=name) for name, stream in streams.items()]
         return (parts[0], None) if len(parts) == 1 else Places.union(parts)
 
     def _combined(self, names: tuple[str, ...]) -> tuple[Tensor, Places, float]:
@@ -206,6 +199,8 @@ class SpectralLinear(AdaptedLinear):
         if isinstance(base, Codes) and suits(x, base, dtype, self.backend):
             return self._forward_few(x, names, transform, base, dtype)
         values, places, scale = self._combined(names)
+        eight = self.fp8 and suits_fp8(x, places.shape, dtype)
+        kept = self.keep == "speed"
         return spectral_linear(
             x,
             values,
@@ -216,9 +211,10 @@ class SpectralLinear(AdaptedLinear):
             bias=self.bias,
             transform=transform,
             backend=self.backend,
-            weight=self._kept(names, transform, dtype) if self.keep == "speed" else None,
+            # with 8-bit products none is kept dense: a batch of few tokens makes it for itself
+            weight=cast(Tensor, self._kept(names, transform, dtype)) if kept and not self.fp8 else None,
             until_backward=self.keep == "block",
-            fp8=self.fp8,
+            fp8=cast(Fp8Weight, self._kept(names, transform, E4M3)) if kept and eight else eight,
         )
 
     def reads_transform(self) -> bool:
@@ -226,12 +222,17 @@ class SpectralLinear(AdaptedLinear):
         names = () if self.merged or self.backend == "torch" else self._in_use()
         return bool(names) and self.basis == "hadamard" and all(self.qwha_transform[name] == "wht" for name in names)
 
-    def _kept(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
-        """The dense weight, made once for all forward and backward passes until an optimizer moves the values."""
+    def _kept(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor | Fp8Weight:
+        """The weight, dense or in 8 bits, made once for all forward and backward passes until an optimizer moves the values."""
         sources = [self.qwha_values[name] for name in names]
         # in training a recorded pass reads it where it was
         find = self._weights.renew if self.keep == "speed" else self._weights.get
-        return find((dtype, names), sources, lambda: self._effective(names, transform, dtype))
+        return find((dtype, names), sources, lambda: self._made(names, transform, dtype))
+
+    def _made(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor | Fp8Weight:
+        if dtype != E4M3:
+            return self._effective(names, transform, dtype)
+        return fp8_weight(self._effective(names, transform, torch.bfloat16), backend=self.backend)
 
     def renew_kept(self) -> None:
         """Compute the weights that keep="speed" has kept again, where they lie, if values have changed since."""
@@ -243,7 +244,7 @@ class SpectralLinear(AdaptedLinear):
         for key in self._weights:
             dtype, kept = cast("tuple[torch.dtype, tuple[str, ...]]", key)
             if kept == names:
-                self._weights.renew(key, sources, partial(self._effective, names, transform, dtype))
+                self._weights.renew(key, sources, partial(self._made, names, transform, dtype))
 
     def _forward_few(self, x: Tensor, names: tuple[str, ...], transform: Transform, base: Codes, dtype: torch.dtype) -> Tensor:
         """A few tokens while generating: straight from the codes."""
@@ -268,7 +269,7 @@ class SpectralLinear(AdaptedLinear):
     def _forward_cached(self, x: Tensor, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
         # the same steps as in spectral_linear, so that the result is the same to the bit
         with torch.autocast(x.device.type, enabled=False):
-            weight = self._kept(names, transform, dtype)
+            weight = cast(Tensor, self._kept(names, transform, dtype))
             bias = cast("Tensor | None", self.bias)
             z = basis_input(x, dtype, basis=self.basis, backend=self.backend)
             return F.linear(z, weight, None if bias is None else bias.to(dtype))

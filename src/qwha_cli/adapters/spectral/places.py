@@ -1,6 +1,6 @@
-"""Where the entries of an adapter lie before anything was computed or loaded: drawn at random, or spread as a placeholder.
+"""Where the entries of an adapter lie: drawn at random before anything was computed or loaded, or read from a layer's stream.
 
-Both spread the entries over the rows as evenly as whole numbers allow. Values are zero. Conventions as in
+What is drawn is spread over the rows as evenly as whole numbers allow. Values are zero. Conventions as in
 `qwha_cli.kernels.sparse_matmul.SparseRows`: row_starts int32 (out + 1,), columns int32 ascending inside a row.
 """
 
@@ -11,6 +11,9 @@ import zlib
 import torch
 from torch import Tensor
 
+from qwha_cli.errors import ArtifactError, KernelError
+from qwha_cli.kernels.gaps import decode_gaps
+from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.sparse_matmul import SparseRows
 
 _CHUNK_ELEMENTS = 1 << 22  # 4M random numbers at a time: 50 MB at most, whatever the layer's size
@@ -43,6 +46,29 @@ def random_rows(shape: tuple[int, int], *, entries: int, seed: int, name: str) -
         mask = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, keys.topk(most, dim=1).indices, wanted)
         columns.append(mask.nonzero()[:, 1])
     return _rows(shape, counts, torch.cat(columns))
+
+
+def read_places(gaps: Tensor, entries: int, *, shape: tuple[int, int], device: torch.device, name: str) -> Places:
+    """Places out of an adapter's stream of bytes.
+
+    Args:
+        gaps: uint8, see kernels/gaps.py, on any device.
+        entries: How many there are.
+        shape: (out, in).
+        device: Where they are wanted.
+        name: Of the adapter, for the error.
+
+    Raises:
+        ArtifactError: The stream is damaged, or was never loaded.
+    """
+    try:
+        flat = decode_gaps(gaps.to(device), entries=entries, size=shape[0] * shape[1])
+    except KernelError as error:
+        raise ArtifactError(
+            f"the places of adapter {name} are damaged or were never loaded: {error.message}",
+            remedy="load it from an undamaged folder; a config with entries is for loading, not for a fresh adapter",
+        ) from error
+    return Places.from_flat(flat, shape=shape)
 
 
 def _even_counts(entries: int, num_rows: int) -> Tensor:
