@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels import fp8_products
 from qwha_cli.kernels import spectral_linear as spectral_linear_module
-from qwha_cli.kernels.fp8 import Fp8Matrix, lacks_fp8, matmul_fp8, to_fp8, transposed
+from qwha_cli.kernels.fp8 import Fp8Matrix, lacks_fp8, matmul_fp8, to_fp8, transposed, turned
 from qwha_cli.kernels.hadamard import dense
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.spectral_linear import spectral_linear
@@ -29,7 +29,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 def spread(*shape: int) -> Tensor:
     """Rows of very different sizes, one of them of zeros."""
-    x = gaussian(*shape) * torch.logspace(-20, 12, shape[0]).unsqueeze(1)
+    x = gaussian(*shape) * torch.logspace(-15, 12, shape[0]).unsqueeze(1)
     x[shape[0] // 2] = 0
     return x
 
@@ -64,7 +64,7 @@ def test_what_is_not_finite_does_not_become_finite() -> None:
     y = matmul_fp8(to_fp8(x), to_fp8(gaussian(16, 32, seed=1)), torch.float32)
     assert not torch.isfinite(y[0]).any()
     assert torch.isfinite(y[1]).all()
-    assert float(y[2].abs().min()) > 1e30 or not torch.isfinite(y[2]).any()
+    assert not torch.isfinite(y[2]).any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -82,6 +82,26 @@ def test_transposing_rounds_nothing_within_two_to_the_eight(shape: tuple[int, in
     assert ((turned[:, : shape[0]].T - whole).abs() <= b.scales[0].double() * 2.0**-10).all()
     kept = whole.abs() >= b.scales[0].double() * 2.0**-6
     assert torch.equal(turned[:, : shape[0]].T[kept], whole[kept])
+
+
+def test_turned_numbers_are_those_that_lay_there() -> None:
+    a = to_fp8(gaussian(37, 48))
+    b = turned(a)
+    assert b.values.shape == (48, 48)
+    assert torch.equal(b.values[:, :37].T.float(), a.values.float())
+    assert not b.values[:, 37:].float().any()
+    assert torch.equal(b.scales, torch.ones(48))
+
+
+def test_tokens_that_are_large_on_one_side_alone_cost_the_others_nothing() -> None:
+    z, dy = gaussian(64, 48), gaussian(64, 32, seed=1)
+    exact = dy.double().T @ z.double()
+    # a token of massive activations, which nothing depends on: as in the inputs of feed-forward layers
+    z[3], dy[3] = z[3] * 2.0**20, dy[3] * 2.0**-20
+    error = (held_sum(dy, z) - exact).norm() / exact.norm()
+    assert float(error) < 0.05
+    apart = held_turned(dy).T @ held_turned(z)
+    assert float((apart - exact).norm() / exact.norm()) > 0.5
 
 
 def test_a_product_is_that_of_the_numbers_held() -> None:
@@ -132,8 +152,15 @@ def held(x: Tensor) -> Tensor:
     return to_fp8(x).dense(torch.float64)
 
 
-def turned(x: Tensor) -> Tensor:
+def held_turned(x: Tensor) -> Tensor:
     return transposed(to_fp8(x)).dense(torch.float64)[:, : len(x)].T
+
+
+def held_sum(dy: Tensor, z: Tensor) -> Tensor:
+    """The sum over tokens of products of rows, with the scales of z at dy."""
+    form = to_fp8(z)
+    left = transposed(to_fp8(dy), by=form.scales).dense(torch.float64)
+    return left @ turned(form).dense(torch.float64).T
 
 
 @pytest.mark.parametrize("keep", ["memory", "block", "speed"])
@@ -161,12 +188,12 @@ def test_layers_with_one_input_have_the_gradients_of_the_numbers_held(
     dy = gaussian(*tokens, sum(OUTS), seed=11)
     y.backward(dy)
     parts = dy.reshape(-1, sum(OUTS)).split(OUTS, dim=1)
-    dz = sum(held(part) @ turned(w) for part, w in zip(parts, weights, strict=True))
+    dz = sum(held(part) @ held_turned(w) for part, w in zip(parts, weights, strict=True))
     assert isinstance(dz, Tensor)
     assert leaf.grad is not None
     torch.testing.assert_close(leaf.grad.double().reshape(-1, IN), dz @ dense(IN).T, rtol=0, atol=1e-3)
     for part, reader in zip(parts, readers, strict=True):
-        full = turned(part).T @ turned(z) * SCALE
+        full = held_sum(part, z) * SCALE
         found = reader.values.grad
         assert found is not None
         torch.testing.assert_close(found.double(), full.reshape(-1)[reader.places.flat_index.long()], rtol=0, atol=1e-3)
@@ -199,6 +226,7 @@ def test_z_is_rounded_once_and_turned_once_for_all_that_read_it(monkeypatch: pyt
 
     monkeypatch.setattr(fp8_products, "to_fp8", counting(to_fp8, rounded))
     monkeypatch.setattr(fp8_products, "transposed", counting(transposed, swapped))
+    monkeypatch.setattr(fp8_products, "turned", counting(turned, swapped))
     monkeypatch.setattr(spectral_linear_module, "to_fp8", counting(to_fp8, rounded))
     readers = [Reader(out, seed=seed) for seed, out in enumerate(OUTS)]
     x = gaussian(20, IN).requires_grad_() * 1.0
@@ -246,7 +274,7 @@ def test_triton_finds_the_same_scales_and_moves_the_same_numbers() -> None:
     # of numbers that e4m3 holds: where it rounds, Triton's interpreter cuts off, or loses a carry
     code = """
 import torch
-from qwha_cli.kernels.fp8 import to_fp8, transposed
+from qwha_cli.kernels.fp8 import to_fp8, transposed, turned
 for rows, columns in ((1, 16), (37, 48), (70, 896)):
     x = torch.randint(-448, 448, (rows, columns)).float().to(torch.float8_e4m3fn).float()
     x = x * torch.logspace(-9, 9, rows, base=2).log2().round().exp2().unsqueeze(1)
@@ -260,6 +288,9 @@ for rows, columns in ((1, 16), (37, 48), (70, 896)):
         assert torch.equal(at.scales, bt.scales)
         kept = at.values.float().abs() > 2.0**-6
         assert torch.equal(at.values.float()[kept], bt.values.float()[kept])
+        at, bt = (turned(a, backend=name) for name in ("torch", "triton"))
+        assert torch.equal(at.scales, bt.scales)
+        assert torch.equal(at.values.view(torch.uint8), bt.values.view(torch.uint8))
 """
     run_interpreted(code)
 
@@ -273,6 +304,9 @@ def test_on_a_gpu_the_numbers_are_those_of_torch(shape: tuple[int, int]) -> None
     assert torch.equal(a.scales, b.scales)
     assert torch.equal(a.values.float(), b.values.float())
     at, bt = transposed(a, backend="torch"), transposed(a, backend="triton")
+    assert torch.equal(at.scales, bt.scales)
+    assert torch.equal(at.values.float(), bt.values.float())
+    at, bt = turned(a, backend="torch"), turned(a, backend="triton")
     assert torch.equal(at.scales, bt.scales)
     assert torch.equal(at.values.float(), bt.values.float())
 

@@ -7,12 +7,13 @@ three bits behind the point, so an entry is off by 1/16 of itself at most, by 2.
 2⁻¹⁵ of their row's largest keep that; products of Hadamard transforms, which have no outliers, are what this suits. The tensor
 cores read both matrices along the dimension that is summed over, so a product with a transpose needs it written anew:
 `transposed` makes it from the 8-bit numbers themselves. There one scale has to serve all rows, and as scales are powers of two,
-changing them moves exponents and rounds nothing but what falls below 2⁻¹⁵ of the whole matrix's largest. DeepSeek-V3 (arXiv
+changing them moves exponents and rounds nothing but what falls below 2⁻¹⁵ of the largest. DeepSeek-V3 (arXiv
 2412.19437, §3.3) and torchao train like this, with finer scales or coarser ones.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,8 @@ MULTIPLE = 16
 
 _FIRST_CAPABILITY = (8, 9)
 _MANTISSA = (1 << 23) - 1
-# 2^e and 2^-e are both normal float32 numbers
-_EXPONENTS = (1, 253)
+# biased, of 2^-63 and 2^63: the product of two scales is a normal float32 number
+_EXPONENTS = (64, 190)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,8 @@ class Fp8Matrix:
 
     Attributes:
         values: (rows, columns) float8_e4m3fn, contiguous.
-        scales: (rows,) float32, powers of two: row i is scales[i] · values[i].
+        scales: (rows,) float32, powers of two from 2⁻⁶³ to 2⁶³, or infinite where a row is too large for them: row i is
+            scales[i] · values[i].
     """
 
     values: Tensor
@@ -73,7 +75,7 @@ def to_fp8(x: Tensor, *, backend: Requested = "auto") -> Fp8Matrix:
         backend: Which implementation; the same to the bit.
 
     Returns:
-        The matrix. What is not finite stays so, or makes products that are not.
+        The matrix. What is not finite, or above 4 · 10²¹, makes products that are not finite.
 
     Raises:
         KernelError: Another dtype or number of dimensions, or `triton` asked for where it does not run.
@@ -85,13 +87,43 @@ def to_fp8(x: Tensor, *, backend: Requested = "auto") -> Fp8Matrix:
 
         return Fp8Matrix(*fp8_triton.to_fp8(x))
     exact = x.float()
-    exponent = _exponent(exact.abs().amax(dim=1) / LARGEST)
+    # the biased exponent of the smallest power of two that is no less
+    found = ((exact.abs().amax(dim=1) / LARGEST).view(torch.int32) + _MANTISSA) >> 23
+    exponent = found.clamp(*_EXPONENTS)
     values = (exact * _power(254 - exponent).unsqueeze(1)).clamp(-LARGEST, LARGEST).to(E4M3)
-    return Fp8Matrix(values, _power(exponent))
+    return Fp8Matrix(values, _power(exponent).masked_fill(found > _EXPONENTS[1], math.inf))
 
 
-def transposed(a: Fp8Matrix, *, backend: Requested = "auto") -> Fp8Matrix:
+def transposed(a: Fp8Matrix, *, by: Tensor | None = None, backend: Requested = "auto") -> Fp8Matrix:
     """The transpose, with one scale for all, ready to be multiplied along the rows of `a`.
+
+    Args:
+        a: (rows, columns).
+        by: (rows,) float32, powers of two that rows are multiplied by first; None for none.
+        backend: Which implementation; the same to the bit.
+
+    Returns:
+        (columns, rows rounded up to a multiple of 16), zeros behind the last.
+
+    Raises:
+        KernelError: `triton` asked for where it does not run.
+    """
+    scales = a.scales if by is None else a.scales * by
+    whole = scales.amax()
+    if choose(backend, op=OP, device=a.values.device).name == "triton":
+        from qwha_cli.kernels import fp8_triton
+
+        return Fp8Matrix(*fp8_triton.transposed(a.values, (scales, whole), padded=_padded(a)))
+    # all powers of two, so this is exact
+    moved = (a.values.float() * (scales / whole).unsqueeze(1)).to(E4M3)
+    return Fp8Matrix(_turned(moved, _padded(a)), whole.expand(a.values.shape[1]).contiguous())
+
+
+def turned(a: Fp8Matrix, *, backend: Requested = "auto") -> Fp8Matrix:
+    """The transpose without its scales, as if all were 1; for a product whose other side was multiplied by them.
+
+    In Σ_t (s_t a_t) b_tᵀ it is the size of a product of rows that decides how much a row counts, so that is what the scales of
+    both belong to: `turned` of one and `transposed` of the other, by the scales of the first, lose the least.
 
     Args:
         a: (rows, columns).
@@ -103,17 +135,19 @@ def transposed(a: Fp8Matrix, *, backend: Requested = "auto") -> Fp8Matrix:
     Raises:
         KernelError: `triton` asked for where it does not run.
     """
-    rows = a.values.shape[0]
-    padded = -(-rows // MULTIPLE) * MULTIPLE
-    whole = a.scales.amax()
     if choose(backend, op=OP, device=a.values.device).name == "triton":
         from qwha_cli.kernels import fp8_triton
 
-        return Fp8Matrix(*fp8_triton.transposed(a.values, a.scales, whole, padded=padded))
-    # both powers of two, so this is exact
-    moved = (a.values.float() * (a.scales / whole).unsqueeze(1)).to(E4M3)
-    turned = F.pad(moved.view(torch.uint8).T, (0, padded - rows)).contiguous().view(E4M3)
-    return Fp8Matrix(turned, whole.expand(a.values.shape[1]).contiguous())
+        return Fp8Matrix(*fp8_triton.transposed(a.values, None, padded=_padded(a)))
+    return Fp8Matrix(_turned(a.values, _padded(a)), a.scales.new_ones(a.values.shape[1]))
+
+
+def _padded(a: Fp8Matrix) -> int:
+    return -(-a.values.shape[0] // MULTIPLE) * MULTIPLE
+
+
+def _turned(values: Tensor, padded: int) -> Tensor:
+    return F.pad(values.view(torch.uint8).T, (0, padded - values.shape[0])).contiguous().view(E4M3)
 
 
 def matmul_fp8(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, *, exact_sums: bool = True) -> Tensor:
@@ -142,11 +176,6 @@ def matmul_fp8(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, *, exact_sums: bo
     return F.scaled_mm(
         a.values, b.values.T, left, rows, right, rows, output_dtype=dtype, use_fast_accum=not exact_sums
     )  # fmt: skip
-
-
-def _exponent(x: Tensor) -> Tensor:
-    """The biased exponent of the smallest power of two that is no less than x, a float32."""
-    return ((x.view(torch.int32) + _MANTISSA) >> 23).clamp(*_EXPONENTS)
 
 
 def _power(exponent: Tensor) -> Tensor:

@@ -4,8 +4,9 @@
 
 In the Hadamard domain z has no outliers and W no large rows, and three bits behind the point lose about as much of a product as
 they do of Gaussian numbers: 3.7 % of a sum's size for both operands, independently for each. The values of F and the gradient at
-its places stay float32. Products sum over their rows' dimension, so dz needs Wᵀ and dF needs dyᵀ and zᵀ; of layers with one input
-the first that is differentiated makes zᵀ, and the others find it on the gradient that they get from there.
+its places stay float32. Products sum over their rows' dimension, so dz needs Wᵀ and dF needs dyᵀ and zᵀ, where a token's scale in
+z is moved to its dy. Of layers with one input the first that is differentiated makes zᵀ, and the others find it on the gradient
+that they get from there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qwha_cli.kernels.backend import Requested
-from qwha_cli.kernels.fp8 import MULTIPLE, Fp8Matrix, matmul_fp8, to_fp8, transposed
+from qwha_cli.kernels.fp8 import MULTIPLE, Fp8Matrix, matmul_fp8, to_fp8, transposed, turned
 from qwha_cli.kernels.gradient_chain import is_ours
 
 FEWEST_TOKENS = 2048
@@ -87,7 +88,7 @@ def fp8_gradients(
     z: Fp8Matrix,
     weight: Fp8Matrix | None,
     *,
-    turned: bool = False,
+    is_turned: bool = False,
     dtype: torch.dtype,
     wanted: bool,
     backend: Requested,
@@ -99,7 +100,7 @@ def fp8_gradients(
         passed: (..., in), what later layers have found for the same z, written over if it is ours alone; None for nothing.
         z: (tokens, in), as in the forward pass.
         weight: (out, in), likewise, or its transpose; None if no gradient of z is wanted.
-        turned: Whether it is the transpose.
+        is_turned: Whether it is the transpose.
         dtype: Of the results.
         wanted: Whether the second is.
         backend: Which implementation rounds and transposes.
@@ -110,13 +111,14 @@ def fp8_gradients(
     rows = to_fp8(dy.reshape(-1, dy.shape[-1]), backend=backend)
     dz = spectrum = None
     if weight is not None:
-        weight = weight if turned else transposed(weight, backend=backend)
+        weight = weight if is_turned else transposed(weight, backend=backend)
         dz = matmul_fp8(rows, weight, dtype).view(*dy.shape[:-1], -1)
     if dz is not None and passed is not None:
         dz = passed.add_(dz) if is_ours(passed) else passed + dz
     if wanted:
-        other = cast("Fp8Matrix | None", getattr(passed, _TURNED, None)) or transposed(z, backend=backend)
-        spectrum = matmul_fp8(transposed(rows, backend=backend), other, dtype)
+        # a token counts by both: its scale in z goes to its dy
+        other = cast("Fp8Matrix | None", getattr(passed, _TURNED, None)) or turned(z, backend=backend)
+        spectrum = matmul_fp8(transposed(rows, by=z.scales, backend=backend), other, dtype)
         if dz is not None:
             setattr(dz, _TURNED, other)
     return dz, spectrum

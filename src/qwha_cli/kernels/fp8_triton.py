@@ -27,18 +27,19 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def transposed(values: Tensor, scales: Tensor, whole: Tensor, *, padded: int) -> tuple[Tensor, Tensor]:
-    """Values (columns, padded) e4m3 and scales (columns,) of `fp8.transposed`; `whole` is the largest of the scales."""
+def transposed(values: Tensor, scales: tuple[Tensor, Tensor] | None, *, padded: int) -> tuple[Tensor, Tensor]:
+    """Values (columns, padded) and scales (columns,) of `fp8.transposed`, given scales and the largest, or of `fp8.turned`."""
     rows, columns = values.shape
-    turned = torch.empty(columns, padded, dtype=E4M3, device=values.device)
+    found = torch.empty(columns, padded, dtype=E4M3, device=values.device)
     same = torch.empty(columns, dtype=torch.float32, device=values.device)
     if padded:
         grid = (triton.cdiv(columns, _COLUMNS), triton.cdiv(padded, _ROWS))
         with torch.cuda.device_of(values):
             _transposed[grid](
-                values, scales, whole, turned, same, rows, columns, padded, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS
+                values, *(scales or (same, same)), found, same, rows, columns, padded,
+                MOVED=scales is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
             )  # fmt: skip
-    return turned, same
+    return found, same
 
 
 @triton.jit
@@ -48,26 +49,30 @@ def _to_fp8(x_ptr, values_ptr, scales_ptr, columns, SPAN: tl.constexpr):
     place = row.to(tl.int64) * columns + at
     x = tl.load(x_ptr + place, mask=at < columns, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), axis=0) / 448.0
-    exponent = (largest.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
-    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    found = (largest.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
+    exponent = tl.minimum(tl.maximum(found, 64), 190)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     scaled = tl.clamp(x * inverse, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(values_ptr + place, scaled.to(tl.float8e4nv), mask=at < columns)
-    tl.store(scales_ptr + row, (exponent << 23).to(tl.float32, bitcast=True))
+    # 255 << 23 is infinity
+    tl.store(scales_ptr + row, (tl.where(found > 190, 255, exponent) << 23).to(tl.float32, bitcast=True))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _transposed(
-    values_ptr, scales_ptr, whole_ptr, turned_ptr, same_ptr, rows, columns, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    values_ptr, scales_ptr, whole_ptr, found_ptr, same_ptr, rows, columns, padded,
+    MOVED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     values = tl.load(values_ptr + row[:, None].to(tl.int64) * columns + column[None, :], mask=mask, other=0.0)
-    whole = tl.load(whole_ptr)
+    whole = 1.0
+    if MOVED:
+        whole = tl.load(whole_ptr)
+        factor = tl.load(scales_ptr + row, mask=row < rows, other=0.0) / whole
+        values = (values.to(tl.float32) * factor[:, None]).to(tl.float8e4nv)
     if tl.program_id(1) == 0:
         tl.store(same_ptr + column, tl.zeros([COLUMNS], tl.float32) + whole, mask=column < columns)
-    factor = tl.load(scales_ptr + row, mask=row < rows, other=0.0) / whole
-    moved = tl.trans((values.to(tl.float32) * factor[:, None]).to(tl.float8e4nv))
     inside = (column < columns)[:, None] & (row < padded)[None, :]
-    tl.store(turned_ptr + column[:, None].to(tl.int64) * padded + row[None, :], moved, mask=inside)
+    tl.store(found_ptr + column[:, None].to(tl.int64) * padded + row[None, :], tl.trans(values), mask=inside)

@@ -228,7 +228,7 @@ def _gradients(ctx: Any, dy: Tensor, passed: Tensor | None) -> tuple[Tensor | No
         if ctx.needs_input_grad[0] and w8 is None:
             w8 = to_fp8(cast(Tensor, weight), backend=how.backend)
         weight = None
-        what = {"turned": ctx.turned, "dtype": ctx.dtype, "wanted": ctx.needs_input_grad[1]}
+        what = {"is_turned": ctx.turned, "dtype": ctx.dtype, "wanted": ctx.needs_input_grad[1]}
         dz, spectrum = fp8_gradients(dy, passed, z8, w8, **what, backend=how.backend)
     elif ctx.needs_input_grad[0]:
         dz = _added_product(passed, dy, cast(Tensor, weight))
