@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qwha_cli.errors import KernelError
-from qwha_cli.kernels import fp8_products
+from qwha_cli.kernels import fp8, fp8_products
 from qwha_cli.kernels import spectral_linear as spectral_linear_module
 from qwha_cli.kernels.fp8 import Fp8Matrix, lacks_fp8, matmul_fp8, to_fp8, transposed, turned
 from qwha_cli.kernels.hadamard import dense
@@ -121,6 +121,20 @@ def test_sizes_and_dtypes_that_do_not_fit_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
     assert "Some Card" in str(lacks_fp8(torch.device("cuda", 0)))
+
+
+def test_a_torch_without_such_products_for_a_gpu_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise NotImplementedError("rowwise scaling is for other cards\nand more")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    monkeypatch.setattr(fp8, "to_fp8", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    monkeypatch.setattr(fp8, "matmul_fp8", lambda *_, **__: None)
+    assert lacks_fp8(torch.device("cuda", 0)) is None
+    monkeypatch.setattr(fp8, "matmul_fp8", refuse)
+    assert "on Some Card (rowwise scaling is for other cards)" in str(lacks_fp8(torch.device("cuda", 0)))
 
 
 # ---- a layer

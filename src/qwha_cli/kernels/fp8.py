@@ -61,10 +61,16 @@ def lacks_fp8(device: torch.device) -> str | None:
     """What a device lacks for products of 8-bit numbers, in words; None for nothing: a CPU computes them too, slowly."""
     if device.type != "cuda":
         return None
-    found = torch.cuda.get_device_capability(device)
-    if found >= _FIRST_CAPABILITY:
-        return None
-    return f"{torch.cuda.get_device_name(device)} multiplies no 8-bit floating-point numbers (that begins with Ada and Hopper)"
+    name = torch.cuda.get_device_name(device)
+    if torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
+        return f"{name} multiplies no 8-bit floating-point numbers (that begins with Ada and Hopper)"
+    # whether this torch has scaled rows for this GPU is not written down anywhere
+    one = to_fp8(torch.ones(MULTIPLE, MULTIPLE, device=device), backend="torch")
+    try:
+        matmul_fp8(one, one, torch.bfloat16)
+    except (RuntimeError, ValueError) as error:
+        return f"torch {torch.__version__} multiplies no 8-bit numbers with scaled rows on {name} ({str(error).splitlines()[0]})"
+    return None
 
 
 def to_fp8(x: Tensor, *, backend: Requested = "auto") -> Fp8Matrix:
