@@ -68,6 +68,15 @@ def test_a_cpu_makes_them_again_and_what_the_recipe_asks_for_is_done() -> None:
         assert "as the recipe asks" in choice.reason
 
 
+def test_a_split_base_has_its_weights_made_for_each_pass_and_says_why() -> None:
+    whole = model()
+    how = {"dtype": torch.float32, "device": CUDA, "recomputed": list(whole), "split": True}
+    choice = choose_keep("auto", whole, **how)  # pyright: ignore
+    assert choice.keep == "memory"
+    assert "a split base" in choice.reason
+    assert choose_keep("block", whole, **how).keep == "block"  # pyright: ignore
+
+
 def test_block_is_memory_where_nothing_is_recomputed_and_says_so() -> None:
     choice = choose_keep("block", model(), dtype=torch.float32, device=CUDA)
     assert choice.keep == "memory"

@@ -46,6 +46,7 @@ def choose_keep(
     dtype: torch.dtype,
     device: torch.device,
     recomputed: Sequence[nn.Module] = (),
+    split: bool = False,
 ) -> KeepChoice:
     """Decide how long dense weights stay.
 
@@ -57,11 +58,14 @@ def choose_keep(
         device: Where.
         recomputed: The modules whose activations are computed again in the backward pass, one module at a time; none without
             checkpointing, and then `block` is `memory`: all their weights would stay until the backward pass.
+        split: Whether the base is split over several devices, which then have its codes one block at a time.
     """
     if requested == "block" and not recomputed:
         return KeepChoice(
             "memory", "dense weights are made for each pass: train.keep block is memory without train.checkpointing"
         )
+    if requested == "auto" and split:
+        return KeepChoice("memory", "dense weights are made for each pass: a split base has its codes here one block at a time")
     if requested != "auto":
         return KeepChoice(requested, f"train.keep {requested}, as the recipe asks")
     if device.type != "cuda":

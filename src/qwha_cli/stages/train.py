@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,6 @@ from qwha_cli.data.example import Example
 from qwha_cli.data.split import train_validation
 from qwha_cli.data.tokenize import Encoded, encode
 from qwha_cli.errors import DataError
-from qwha_cli.kernels.spectral_linear import Keep
 from qwha_cli.models.load import load_tokenizer
 from qwha_cli.models.targets import decoder_blocks
 from qwha_cli.quant.checkpoint import load_base
@@ -51,12 +50,12 @@ def run(context: StageContext) -> dict[str, object]:
         model.to(context.device)
     device = shard or context.device
     dtype = choose_precision(settings.precision, device=device).autocast or context.dtype
+    split = shard is not None
     # a split base is recomputed whatever the recipe says
-    blocks = [block for _, block in decoder_blocks(model)] if settings.checkpointing or shard is not None else []
-    asked = _keep(context, shard=shard)
-    kept_weights = choose_keep(asked, model, dtype=dtype, device=device, recomputed=blocks)
+    blocks = [block for _, block in decoder_blocks(model)] if settings.checkpointing or split else []
+    kept_weights = choose_keep(settings.keep, model, dtype=dtype, device=device, recomputed=blocks, split=split)
     set_keep(model, kept_weights.keep)
-    if device.type == "cuda" or asked not in ("auto", kept_weights.keep):
+    if device.type == "cuda" or settings.keep not in ("auto", kept_weights.keep):
         context.note(kept_weights.reason)
     for sentence in set_backend(model, settings.backend, dtype=dtype, device=device):
         context.note(sentence)
@@ -109,12 +108,6 @@ def _shard_on(context: StageContext) -> torch.device | None:
     if not context.recipe.train.checkpointing:
         context.note("train.checkpointing is on, as a split base needs it")
     return context.device
-
-
-def _keep(context: StageContext, *, shard: torch.device | None) -> Literal["auto"] | Keep:
-    asked = context.recipe.train.keep
-    # a split base has its codes in one block at a time
-    return "memory" if shard is not None and asked == "auto" else asked
 
 
 def _settings(recipe: Recipe, pad_id: int, *, shard: torch.device | None) -> TrainSettings:
