@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from qwha_cli.cli import doctor
 from qwha_cli.cli.app import app
+from qwha_cli.kernels import fp8
 
 
 def test_this_machine_is_healthy_and_says_so_in_both_forms() -> None:
@@ -75,3 +77,20 @@ def test_offline_switches_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scarce_disk_or_memory_warns(monkeypatch: pytest.MonkeyPatch, check: Callable[[], doctor.Check], limit: str) -> None:
     monkeypatch.setattr(doctor, limit, 10**9)
     assert check().state == "warning"
+
+
+@pytest.mark.parametrize(
+    ("capability", "lacking", "found"),
+    [((7, 5), "old", "fp32"), ((8, 6), "old", "bf16"), ((8, 9), None, "bf16 or fp8"), ((8, 9), "this torch", "bf16")],
+)
+def test_a_gpus_precisions_are_named(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], lacking: str | None, found: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**30, 2**31))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(fp8, "lacks_fp8", lambda device: lacking)
+    check = list(doctor.check_devices())[-1]
+    assert (check.name, check.found) == ("cuda:0", f"Some Card, 1.0 of 2.0 GiB free, train.precision {found}")

@@ -88,7 +88,8 @@ def check_devices() -> Iterator[Check]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        yield Check(f"cuda:{index}", "ok", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+        found = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, train.precision {gpu_precisions(index)}"
+        yield Check(f"cuda:{index}", "ok", found)
     if torch.cuda.device_count() > 1:
         yield check_nccl()
 
@@ -103,6 +104,17 @@ def check_nccl() -> Check:
         return Check("nccl", "warning", found, "install torch with CUDA from pytorch.org")
     version = ".".join(str(part) for part in torch.cuda.nccl.version())
     return Check("nccl", "ok", f"{version}: `qwha train --gpus {torch.cuda.device_count()}`")
+
+
+def gpu_precisions(index: int) -> str:
+    """Return which of `train.precision` a GPU is fast at."""
+    import torch
+
+    from qwha_cli.kernels.fp8 import lacks_fp8
+
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return "fp32"
+    return "bf16" if lacks_fp8(torch.device("cuda", index)) else "bf16 or fp8"
 
 
 def cpu_bfloat16() -> str:
