@@ -270,3 +270,13 @@ def test_a_sparse_adapter_with_a_start_of_low_rank_is_refused_at_the_method(tmp_
     assert len(found) == 1
     assert f"a qwha adapter has no start called {method}" in found[0]
     assert "set init.method=pursuit, or adapter.method=lora" in found[0]
+
+
+@pytest.mark.parametrize("overrides", [("quantize.basis=weight",), ("adapter.method=lora", "init.method=cloq")])
+def test_8_bit_products_without_a_layer_that_has_them_are_refused_in_the_recipe(
+    tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    assert not faults(write(tmp_path, GOOD), "train.precision=fp8")
+    found = faults(write(tmp_path, GOOD), "train.precision=fp8", *overrides)
+    assert len(found) == 1
+    assert "train.precision: 8-bit products are those of a qwha adapter in the Hadamard basis" in found[0]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qwha_cli.errors import UsageError
 from qwha_cli.recipe.load import load_recipe
+from qwha_cli.stages import runner
+from qwha_cli.stages.plan import plan
 from qwha_cli.stages.ranks import check_split, own_ranks
 from qwha_cli.stages.runner import run_stages
+from qwha_cli.training import precision
 from support.recording import RecordingEvents
 
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
@@ -33,3 +38,18 @@ def test_it_is_refused_before_the_stages_that_train_needs(tmp_path: Path, monkey
     with pytest.raises(UsageError, match="split"):
         run_stages(recipe, until="train", events=RecordingEvents(), root=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_arithmetic_that_the_device_does_not_have_is_refused_before_the_stages_that_train_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "lacks_fp8", lambda device: "this one multiplies no 8-bit numbers")
+    recipe = load_recipe("recipes/tiny-random.yaml", overrides=["train.precision=fp8", "quantize.basis=hadamard"])
+    with pytest.raises(UsageError, match="no 8-bit numbers"):
+        run_stages(recipe, until="train", events=RecordingEvents(), root=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    # who asks for less is not kept from it, nor who has trained elsewhere
+    run_stages(recipe, until="quantize", events=RecordingEvents(), root=tmp_path / "run")
+    trained = plan(recipe, root=tmp_path / "run")["train"]
+    monkeypatch.setattr(runner, "own_manifest", lambda folder: SimpleNamespace(key=trained.key))
+    runner._check_precision(recipe, trained, torch.device("cuda", 0))

@@ -12,7 +12,6 @@ from qwha_cli.adapters.spectral.places import random_rows
 from qwha_cli.data.collate import pad_batch
 from qwha_cli.data.synthetic import read
 from qwha_cli.data.tokenize import encode
-from qwha_cli.kernels import fp8_products
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.effective_weight import Basis
 from qwha_cli.kernels.places import Places
@@ -129,9 +128,7 @@ def test_8_bit_products_go_the_same_way() -> None:
 @needs_model
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_8_bit_products_learn_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    # few tokens are multiplied in bfloat16 otherwise
-    monkeypatch.setattr(fp8_products, "FEWEST_TOKENS", 1)
+def test_8_bit_products_learn_as_much() -> None:
     half, eight = (
         curve(basis="hadamard", backend="triton", device="cuda", blocks=30, half=True, fp8=fp8) for fp8 in (False, True)
     )

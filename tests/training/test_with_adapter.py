@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from qwha_cli.adapters.adapted_linear import adapted_layers
 from qwha_cli.adapters.build import add_adapter, load_adapter, save_adapter
-from qwha_cli.adapters.fp8 import choose_fp8, fp8_products
+from qwha_cli.adapters.fp8 import advice, choose_fp8, fp8_products
 from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.spectral.config import Store
 from qwha_cli.adapters.spectral.layer import SpectralLinear
@@ -33,8 +34,10 @@ from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.packed import Basis, QuantizerOptions
 from qwha_cli.quant.swap import get_linear, replace
 from qwha_cli.quantizers.rtn import quantize
+from qwha_cli.training import loop
 from qwha_cli.training.loop import train
 from qwha_cli.training.metrics import StepMetrics
+from qwha_cli.training.precision import PrecisionChoice
 from qwha_cli.training.settings import TrainResult, TrainSettings
 from support.tiny_model import tiny_llama, tiny_tokenizer
 
@@ -257,7 +260,7 @@ def test_what_keep_speed_keeps_of_8_bit_weights_is_made_once_a_step_and_stays_wh
     model = adapted(quantized(tmp_path / "base", "hadamard"))
     set_keep(model, "speed")
     model.train()
-    fitting = choose_fp8(model, wanted=True, tokens=8, device=torch.device("cpu"))
+    fitting = choose_fp8(model, wanted=True)
     layer = cast(SpectralLinear, fitting.layers[0])
     x = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
     with fp8_products(fitting):
@@ -273,15 +276,41 @@ def test_what_keep_speed_keeps_of_8_bit_weights_is_made_once_a_step_and_stays_wh
         after = layer(x)
     assert not torch.equal(before, after)
     other = adapted(tmp_path / "base")
-    plain = cast(SpectralLinear, choose_fp8(other, wanted=True, tokens=8, device=torch.device("cpu")).layers[0])
+    plain = cast(SpectralLinear, choose_fp8(other, wanted=True).layers[0])
     with torch.no_grad():
         plain.qwha_values["default"].add_(1.0)
     plain.fp8 = True
     assert torch.equal(plain(x), after)
 
 
-def test_batches_too_small_for_8_bit_products_on_a_gpu_are_refused(tmp_path: Path) -> None:
+def test_what_was_kept_in_8_bits_goes_when_the_training_ends(tmp_path: Path) -> None:
     model = adapted(quantized(tmp_path / "base", "hadamard"))
-    with pytest.raises(UsageError, match="begin at 2,048 tokens a forward, and batches have 512"):
-        choose_fp8(model, wanted=True, tokens=512, device=torch.device("cuda", 0))
-    assert choose_fp8(model, wanted=False, tokens=512, device=torch.device("cuda", 0)).layers == ()
+    set_keep(model, "speed")
+    fit(model, tmp_path / "a", steps=1, precision="fp8")
+    fitting = choose_fp8(model, wanted=True).layers
+    assert fitting
+    assert all(len(layer._weights) == 0 for layer in fitting)
+
+
+def test_forwards_of_few_tokens_are_advised_against_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert advice(2048) is None
+    assert "some 1,376 tokens on each GPU" in str(advice(1376.2))
+    base = quantized(tmp_path / "base", "hadamard")
+    here = fit(adapted(base), tmp_path / "a", steps=1, precision="fp8")
+    assert not any("too few for 8-bit" in note for note in here.notes)
+    heard: list[str] = []
+    run = loop._Run.__new__(loop._Run)
+    run.main, run.ranks_before, run.progress = True, 1, Deaf()
+    run.engine = cast(loop.Engine, SimpleNamespace(reasons=(), ranks=1, precision=choice_of("fp8"), device=torch.device("cuda")))
+    run.total_steps = 1
+    monkeypatch.setattr(run, "_note", heard.append)
+    run.announce(0, tokens=1376.0)
+    run.announce(0, tokens=8192.0)
+    run.engine.precision = choice_of("bf16")
+    run.announce(0, tokens=1376.0)
+    assert len(heard) == 1
+    assert "too few for 8-bit products" in heard[0]
+
+
+def choice_of(name: str) -> PrecisionChoice:
+    return PrecisionChoice(torch.bfloat16, "", fp8=name == "fp8")

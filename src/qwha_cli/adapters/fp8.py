@@ -6,14 +6,15 @@ import contextlib
 from collections.abc import Generator
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from qwha_cli.adapters.adapted_linear import AdaptedLinear, adapted_layers
 from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.errors import UsageError
 from qwha_cli.kernels.fp8 import MULTIPLE
-from qwha_cli.kernels.fp8_products import FEWEST_TOKENS
+
+# a layer's weight is rounded and turned whatever the batch
+_WORTH_IT = 2048
 
 
 @dataclass(frozen=True)
@@ -29,26 +30,18 @@ class Fp8Choice:
     reasons: tuple[str, ...] = ()
 
 
-def choose_fp8(model: nn.Module, *, wanted: bool, tokens: int, device: torch.device) -> Fp8Choice:
+def choose_fp8(model: nn.Module, *, wanted: bool) -> Fp8Choice:
     """Find the layers whose products can be of 8-bit numbers.
 
     Args:
         model: With adapters.
         wanted: Whether it is trained in `precision: fp8`.
-        tokens: The most that a forward has on this device.
-        device: Where it is trained.
 
     Raises:
-        UsageError: No layer is in the Hadamard basis, or has sizes that suit; or no batch has tokens enough.
+        UsageError: It is, and no layer is in the Hadamard basis, or has sizes that suit.
     """
     if not wanted:
         return Fp8Choice()
-    if device.type == "cuda" and tokens < FEWEST_TOKENS:
-        raise UsageError(
-            f"8-bit products begin at {FEWEST_TOKENS:,} tokens a forward, and batches have {tokens:,} on each GPU at most",
-            where="train.precision",
-            remedy="use bf16, raise train.batch_size, or lower train.accumulation instead of it",
-        )
     found = adapted_layers(model).values()
     fitting = tuple(layer for layer in found if _fits(layer))
     if not fitting:
@@ -57,8 +50,17 @@ def choose_fp8(model: nn.Module, *, wanted: bool, tokens: int, device: torch.dev
             where="train.precision",
             remedy="use bf16, or quantize with quantize.basis=hadamard",
         )
-    reason = f"8-bit products in {len(fitting)} of {len(found)} adapted layers, on a GPU for {FEWEST_TOKENS:,} tokens or more"
-    return Fp8Choice(fitting, (reason,))
+    return Fp8Choice(fitting, (f"8-bit products in {len(fitting)} of {len(found)} adapted layers",))
+
+
+def advice(tokens: float) -> str | None:
+    """What to say of forwards of so many tokens on a GPU, if making 8-bit numbers takes as long there as they save."""
+    if tokens >= _WORTH_IT:
+        return None
+    return (
+        f"a forward has some {tokens:,.0f} tokens on each GPU, too few for 8-bit products to be faster: "
+        "raise train.batch_size, set train.packing, or use precision bf16"
+    )
 
 
 def _fits(layer: AdaptedLinear) -> bool:
@@ -77,3 +79,5 @@ def fp8_products(choice: Fp8Choice) -> Generator[None]:
     finally:
         for layer in choice.layers:
             layer.fp8 = False
+            # what it kept of weights in 8 bits
+            layer.forget_kept()

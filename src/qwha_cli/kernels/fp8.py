@@ -2,13 +2,13 @@
 
     A ≈ diag(s) A₈,  |A₈| ≤ 448        A Bᵀ ≈ diag(s_A) A₈ B₈ᵀ diag(s_B)
 
-From compute capability 8.9 on, a GPU multiplies such matrices twice as fast as bfloat16 ones and adds up in float32. e4m3 has
-three bits behind the point, so an entry is off by 1/16 of itself at most, by 2.6 % in the root mean square, and entries down to
-2⁻¹⁵ of their row's largest keep that; products of Hadamard transforms, which have no outliers, are what this suits. The tensor
-cores read both matrices along the dimension that is summed over, so a product with a transpose needs it written anew:
-`transposed` makes it from the 8-bit numbers themselves. There one scale has to serve all rows, and as scales are powers of two,
-changing them moves exponents and rounds nothing but what falls below 2⁻¹⁵ of the largest. DeepSeek-V3 (arXiv
-2412.19437, §3.3) and torchao train like this, with finer scales or coarser ones.
+From compute capability 8.9 on, a GPU multiplies such matrices twice as fast as bfloat16 ones, and adds up in the 14 bits of its
+tensor cores or, a little slower, in float32. e4m3 has three bits behind the point, so an entry is off by 1/16 of itself at
+most, by 2.6 % in the root mean square, and entries down to 2⁻¹³ of their row's largest keep that; products of Hadamard
+transforms, which have no outliers, are what this suits. The tensor cores read both matrices along the dimension that is summed
+over, so a product with a transpose needs it written anew: `transposed` makes it from the 8-bit numbers themselves. There one
+scale has to serve all rows, and as scales are powers of two, changing them moves exponents and rounds nothing but what falls
+below 2⁻¹³ of the largest. DeepSeek-V3 (arXiv 2412.19437, §3.3) and torchao train like this, with finer scales or coarser ones.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def lacks_fp8(device: torch.device) -> str | None:
     one = to_fp8(torch.ones(MULTIPLE, MULTIPLE, device=device), backend="torch")
     try:
         matmul_fp8(one, one, torch.bfloat16)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         return f"torch {torch.__version__} multiplies no 8-bit numbers with scaled rows on {name} ({str(error).splitlines()[0]})"
     return None
@@ -177,11 +179,15 @@ def matmul_fp8(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, *, exact_sums: bo
     left, right = a.scales.unsqueeze(1), b.scales.unsqueeze(0)
     if a.values.device.type != "cuda":
         return ((a.values.float() @ b.values.float().T) * left * right).to(dtype)
+    count, values = len(a.values), a.values
+    missing = -count % MULTIPLE
+    if missing:
+        # cuBLAS wants whole vectors of scales
+        values = F.pad(values.view(torch.uint8), (0, 0, 0, missing)).view(E4M3)
+        left = F.pad(left, (0, 0, 0, missing), value=1.0)
     rows = ScalingType.RowWise
-    # cuBLASLt and CUTLASS
-    return F.scaled_mm(
-        a.values, b.values.T, left, rows, right, rows, output_dtype=dtype, use_fast_accum=not exact_sums
-    )  # fmt: skip
+    found = F.scaled_mm(values, b.values.T, left, rows, right, rows, output_dtype=dtype, use_fast_accum=not exact_sums)
+    return found[:count]
 
 
 def _power(exponent: Tensor) -> Tensor:

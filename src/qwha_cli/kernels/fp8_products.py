@@ -3,8 +3,8 @@
     y = z Wᵀ + b        dz = dy W        dF / s = dyᵀ z        z = x H
 
 In the Hadamard domain z has no outliers and W no large rows, and three bits behind the point lose about as much of a product as
-they do of Gaussian numbers: 3.7 % of a sum's size for both operands, independently for each. The values of F and the gradient at
-its places stay float32. Products sum over their rows' dimension, so dz needs Wᵀ and dF needs dyᵀ and zᵀ, where a token's scale in
+they do of Gaussian numbers: 3.7 % of a sum's size for both operands, independently for each. The values of F and their optimizer
+stay float32. Products sum over their rows' dimension, so dz needs Wᵀ and dF needs dyᵀ and zᵀ, where a token's scale in
 z is moved to its dy. Of layers with one input the first that is differentiated makes zᵀ, and the others find it on the gradient
 that they get from there.
 """
@@ -19,9 +19,6 @@ from torch import Tensor
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.fp8 import MULTIPLE, Fp8Matrix, matmul_fp8, to_fp8, transposed, turned
 from qwha_cli.kernels.gradient_chain import is_ours
-
-FEWEST_TOKENS = 2048
-"""Below this a GPU spends more on making 8-bit numbers than it saves on multiplying them."""
 
 _FORM, _TURNED = "_qwha_fp8", "_qwha_fp8_turned"
 
@@ -52,12 +49,12 @@ def fp8_weight(weight: Tensor, *, backend: Requested) -> Fp8Weight:
 def suits_fp8(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether the products of x (..., in) and a weight (out, in) are of 8-bit numbers, where that is wanted.
 
-    On a GPU: in bfloat16, for many tokens, and of sizes that its tensor cores take. Elsewhere always, as the torch form computes
-    anything: it is there to be compared with.
+    Of sizes that tensor cores take, and on a GPU in bfloat16. How many tokens there are does not matter, so that neither padding
+    nor the number of processes changes the arithmetic.
     """
-    if shape[0] % MULTIPLE or shape[1] % MULTIPLE:
+    if shape[0] % MULTIPLE or shape[1] % MULTIPLE or not x.numel():
         return False
-    return x.device.type != "cuda" or (dtype == torch.bfloat16 and x.numel() // x.shape[-1] >= FEWEST_TOKENS)
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and x.device.type != "cuda")
 
 
 def shared_fp8(z: Tensor, *, backend: Requested) -> Fp8Matrix:

@@ -229,7 +229,8 @@ def _gradients(ctx: Any, dy: Tensor, passed: Tensor | None) -> tuple[Tensor | No
             w8 = to_fp8(cast(Tensor, weight), backend=how.backend)
         weight = None
         what = {"is_turned": ctx.turned, "dtype": ctx.dtype, "wanted": ctx.needs_input_grad[1]}
-        dz, spectrum = fp8_gradients(dy, passed, z8, w8, **what, backend=how.backend)
+        wanted = w8 if ctx.needs_input_grad[0] else None
+        dz, spectrum = fp8_gradients(dy, passed, z8, wanted, **what, backend=how.backend)
     elif ctx.needs_input_grad[0]:
         dz = _added_product(passed, dy, cast(Tensor, weight))
     if dz is not None and how.shared:

@@ -46,6 +46,9 @@ class Recipe(Section):
             for name in sorted(set(self.adapter.exclude) & set(self.adapter.targets)):
                 yield Fault(("adapter", "exclude"), f"{name} is both a target and excluded", "remove one")
         yield from self._start_faults()
+        if self.train.precision == "fp8" and (self.adapter.method == "lora" or self.quantize.basis != "hadamard"):
+            hint = "set train.precision=bf16, or adapter.method=qwha and quantize.basis=hadamard"
+            yield Fault(("train", "precision"), "8-bit products are those of a qwha adapter in the Hadamard basis", hint)
 
     def _start_faults(self) -> Iterator[Fault]:
         """Yield the start that the kind of adapter cannot have."""

@@ -35,6 +35,7 @@ from qwha_cli.stages.plan import PlannedStage, ancestors, plan
 from qwha_cli.stages.ranks import Ranks, check_launcher, check_split, own_ranks
 from qwha_cli.stages.spread import release
 from qwha_cli.stages.table import build_table
+from qwha_cli.training.precision import choose_precision
 
 _RUN: Mapping[str, Callable[[StageContext], dict[str, object]]] = {
     "quantize": quantize_stage.run,
@@ -132,6 +133,8 @@ def run_stages(
     if "train" in wanted:
         check_split(recipe.train.keep, ranks)
     device = device_of_rank(recipe.model.device, ranks)
+    if "train" in wanted:
+        _check_precision(recipe, planned["train"], device)
     devices = devices_of_stage(device, gpus=options.gpus, ranks=ranks)
     result = RunResult(run=root)
     with contextlib.ExitStack() as stack:
@@ -149,6 +152,13 @@ def run_stages(
     if ranks.first:
         result.table.extend(build_table(root, recipe))
     return result
+
+
+def _check_precision(recipe: Recipe, stage: PlannedStage, device: torch.device) -> None:
+    """Refuse an arithmetic that the device does not have before hours of other stages, unless the training is done."""
+    manifest = own_manifest(stage.folder)
+    if manifest is None or manifest.key != stage.key:
+        choose_precision(recipe.train.precision, device=device)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,10 @@ class Batches:
         """Optimizer steps that `epochs` passes take; the last one is full like every other."""
         return max(1, math.ceil(epochs * len(self.rows) / (self.batch_size * self.accumulation) - 1e-9))
 
+    def mean_tokens(self) -> float:
+        """Tokens of a forward on this rank, on average, padding not counted."""
+        return sum(len(row.input_ids) for row in self.rows) / len(self.rows) * self.batch_size / self.ranks
+
     def step(self, index: int) -> StepBatches:
         """Collate this rank's part of the step of `index` (from 0)."""
         share = self.batch_size // self.ranks

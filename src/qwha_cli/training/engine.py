@@ -81,8 +81,7 @@ class Engine:
         )
         self.precision = choose_precision(settings.precision, device=self.device)
         base = causal_model(model)
-        tokens = settings.batch_size // self.ranks * settings.max_length
-        self.fp8: Fp8Choice = choose_fp8(model, wanted=self.precision.fp8, tokens=tokens, device=self.device)
+        self.fp8: Fp8Choice = choose_fp8(model, wanted=self.precision.fp8)
         self.kernels = choose_kernels(settings.kernels, model=base, device=self.device)
         dtype = self.precision.autocast or base.dtype
         self.fused: FusedChoice = choose_fused_blocks(base, wanted=settings.kernels != "torch", device=self.device, dtype=dtype)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qwha_cli.adapters.fp8 import advice
 from qwha_cli.data.tokenize import Encoded
 from qwha_cli.errors import DataError, Interrupted, NumericsError
 from qwha_cli.training.batches import Batches, StepBatches, stream_seed
@@ -61,7 +62,7 @@ def train(
     run = _Run(engine, total_steps=total_steps, work_dir=work_dir, progress=progress)
     with engine.training():
         done = resumed_from = run.resume(identity)
-        run.announce(resumed_from)
+        run.announce(resumed_from, tokens=batches.mean_tokens())
         if done == 0:
             run.validate(encoded_validation)
         while done < run.total_steps:
@@ -132,13 +133,16 @@ class _Run:
             self.ranks_before = checkpoint.state.ranks or self.engine.ranks
         return done
 
-    def announce(self, resumed_from: int) -> None:
-        """Tell the watcher what is about to happen."""
+    def announce(self, resumed_from: int, *, tokens: float) -> None:
+        """Tell the watcher what is about to happen; `tokens` are a forward's on this rank."""
         if not self.main:
             return
         self.progress.start(self.total_steps)
         for reason in self.engine.reasons:
             self._note(reason)
+        doubt = advice(tokens) if self.engine.precision.fp8 and self.engine.device.type == "cuda" else None
+        if doubt is not None:
+            self._note(doubt)
         if self.engine.ranks > 1:
             share = self.settings.batch_size // self.engine.ranks
             self._note(f"training on {self.engine.ranks} processes of {share} sequences each")

@@ -211,7 +211,7 @@ class SpectralLinear(AdaptedLinear):
             bias=self.bias,
             transform=transform,
             backend=self.backend,
-            # with 8-bit products none is kept dense: a batch of few tokens makes it for itself
+            # with 8-bit products none is kept dense
             weight=cast(Tensor, self._kept(names, transform, dtype)) if kept and not self.fp8 else None,
             until_backward=self.keep == "block",
             fp8=cast(Fp8Weight, self._kept(names, transform, E4M3)) if kept and eight else eight,
