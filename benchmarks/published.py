@@ -2,12 +2,12 @@
 
 `PublishedLinear` is the paper's form (ΔW = F H⁻¹ added to the weight), `PublishedTransformedLinear` the authors' later one (the
 base is carried into F's domain instead). Both stand on a base in GPTQ's format that is unpacked by tensor operations: words
-shifted as 32-bit numbers, cut to 8 bits, scales and zero points looked up for every input through a list of groups. F has float32
-values, as trained, at places given by two 64-bit indices. Nothing is saved or recomputed but by autograd. Their transform of n =
-K · 2^k numbers is a CUDA kernel over the 2^k in the tensor's own dtype, then a product with a table of order K, which autocast
-takes to half precision, then a division; the kernel is replaced by one of ours that reads and writes the same bytes once, on tensor
-cores. Their tables are built anew at each call, here they are kept. Read on 26 November 2026 in the authors' repository, of July and
-of September 2025.
+shifted as 32-bit numbers, cut to 8 bits, scales and zero points looked up for every input through a list of groups. F has
+float32 values, as trained, at places given by two 64-bit indices. Nothing is saved or recomputed but by autograd. Their
+transform of n = K · 2^k numbers is a CUDA kernel over the 2^k in the tensor's own dtype, then a product with a table of order
+K, which autocast takes to half precision, then a division; the kernel is replaced by one of ours that reads and writes the same
+bytes once, on tensor cores. Their tables are built anew at each call, here they are kept. Read on 26 November 2026 in the
+authors' repository, of July and of September 2025.
 """
 
 from __future__ import annotations
