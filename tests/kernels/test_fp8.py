@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels import fp8, fp8_products
 from qwha_cli.kernels import spectral_linear as spectral_linear_module
-from qwha_cli.kernels.fp8 import Fp8Matrix, lacks_fp8, matmul_fp8, to_fp8, transposed, turned
+from qwha_cli.kernels.fp8 import Fp8Matrix, filled, lacks_fp8, matmul_fp8, to_fp8, transposed, turned
 from qwha_cli.kernels.fp8_products import fp8_gradients, fp8_weight, shared_fp8
 from qwha_cli.kernels.gradient_chain import mark_ours
 from qwha_cli.kernels.hadamard import dense
@@ -84,6 +84,16 @@ def test_transposing_rounds_nothing_within_two_to_the_eight(shape: tuple[int, in
     assert ((turned[:, : shape[0]].T - whole).abs() <= b.scales[0].double() * 2.0**-10).all()
     kept = whole.abs() >= b.scales[0].double() * 2.0**-6
     assert torch.equal(turned[:, : shape[0]].T[kept], whole[kept])
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(1, 16), (37, 48), (48, 48)])
+def test_rows_are_filled_up_with_zeros(rows: int, wanted: int) -> None:
+    a = to_fp8(gaussian(rows, 32))
+    b = filled(a)
+    assert b.values.shape == (wanted, 32)
+    assert b.scales.shape == (wanted,)
+    assert torch.equal(b.dense(torch.float32)[:rows], a.dense(torch.float32))
+    assert not b.dense(torch.float32)[rows:].any()
 
 
 def test_turned_numbers_are_those_that_lay_there() -> None:

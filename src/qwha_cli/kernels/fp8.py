@@ -176,18 +176,21 @@ def matmul_fp8(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, *, exact_sums: bo
     if a.values.shape[1] != b.values.shape[1] or a.values.shape[1] % MULTIPLE or b.values.shape[0] % MULTIPLE:
         sizes = f"{tuple(a.values.shape)} by {tuple(b.values.shape)} transposed"
         raise KernelError(f"8-bit products have inner and outer sizes that are multiples of {MULTIPLE}, not {sizes}", where=OP)
-    left, right = a.scales.unsqueeze(1), b.scales.unsqueeze(0)
+    right = b.scales.unsqueeze(0)
     if a.values.device.type != "cuda":
-        return ((a.values.float() @ b.values.float().T) * left * right).to(dtype)
-    count, values = len(a.values), a.values
-    missing = -count % MULTIPLE
-    if missing:
-        # cuBLAS wants whole vectors of scales
-        values = F.pad(values.view(torch.uint8), (0, 0, 0, missing)).view(E4M3)
-        left = F.pad(left, (0, 0, 0, missing), value=1.0)
-    rows = ScalingType.RowWise
-    found = F.scaled_mm(values, b.values.T, left, rows, right, rows, output_dtype=dtype, use_fast_accum=not exact_sums)
+        return ((a.values.float() @ b.values.float().T) * a.scales.unsqueeze(1) * right).to(dtype)
+    count, a = len(a.values), filled(a)
+    how, left = ScalingType.RowWise, a.scales.unsqueeze(1)
+    found = F.scaled_mm(a.values, b.values.T, left, how, right, how, output_dtype=dtype, use_fast_accum=not exact_sums)
     return found[:count]
+
+
+def filled(a: Fp8Matrix) -> Fp8Matrix:
+    """The matrix with rows of zeros behind it, up to a multiple of 16, because cuBLAS reads whole vectors of scales."""
+    missing = -len(a.values) % MULTIPLE
+    if not missing:
+        return a
+    return Fp8Matrix(F.pad(a.values.view(torch.uint8), (0, 0, 0, missing)).view(E4M3), F.pad(a.scales, (0, missing), value=1.0))
 
 
 def _power(exponent: Tensor) -> Tensor:
