@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from bench_step import ROWS, Step, measure
+from bench_step import FP8, ROWS, Step, measure
 from machine import current_commit
 from sweeps import SHAPE, SWEEPS, Line, Point, by_shape
 from torch import nn
@@ -53,7 +53,7 @@ def take_all(name: str, points: list[Point], a: argparse.Namespace) -> None:
     resident = torch.cuda.memory_allocated() / 2**30
     for point in points:
         try:
-            found = take(model, point, a)
+            found = take(model, point, a, fp8=name.startswith(FP8))
         except Exception as error:
             tell(f"{name}, {a.shape}, {point.batch} x {point.length}", error)
         else:
@@ -69,9 +69,9 @@ def take_all(name: str, points: list[Point], a: argparse.Namespace) -> None:
         release()
 
 
-def take(model: nn.Module, point: Point, a: argparse.Namespace) -> dict[str, float | str]:
+def take(model: nn.Module, point: Point, a: argparse.Namespace, *, fp8: bool) -> dict[str, float | str]:
     """Milliseconds, peak memory, loss and way of launching of a point's step."""
-    step = Step(model, length=point.length, liger=a.loss == "liger", device=a.device)
+    step = Step(model, length=point.length, liger=a.loss == "liger", device=a.device, fp8=fp8)
     # the pool of the last point's graph is given back only when nothing is cached
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -105,6 +105,7 @@ def test_a_model_is_built_once_and_what_fails_does_not_end_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built: list[tuple[str, str]] = []
+    eight: list[bool] = []
 
     def build(a: Namespace) -> nn.Module:
         built.append(("good", a.shape))
@@ -114,14 +115,16 @@ def test_a_model_is_built_once_and_what_fails_does_not_end_the_sweep(
         built.append(("lacking", a.shape))
         raise ImportError("no such package")
 
-    def take(model: nn.Module, point: sweeps.Point, a: Namespace) -> dict[str, float]:
+    def take(model: nn.Module, point: sweeps.Point, a: Namespace, *, fp8: bool) -> dict[str, float]:
+        eight.append(fp8)
         assert all(parameter.grad is None for parameter in model.parameters())
         model(torch.ones(1, 2)).sum().backward()
         if point.length == 1024:
             raise torch.OutOfMemoryError("CUDA out of\nmemory")
         return {"ms": 1.0, "peak_gib": 2.0, "loss": 3.0}
 
-    monkeypatch.setattr(bench_memory, "ROWS", {"good": build, "lacking": lack})
+    fp8 = f"{bench_step.FP8}, keep speed"
+    monkeypatch.setattr(bench_memory, "ROWS", {"good": build, "lacking": lack, fp8: build})
     monkeypatch.setattr(bench_memory, "take", take)
     monkeypatch.setattr(bench_memory, "release", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**30)
@@ -138,9 +141,14 @@ def test_a_model_is_built_once_and_what_fails_does_not_end_the_sweep(
     ]
     assert {line["row"] for line in lines} == {"good"}
     assert set(step("a", "1 on", 1.0)) < set(lines[0])
+    assert eight
+    assert not any(eight)
     told = capsys.readouterr().out
     assert "lacking, llama-3.2-3b: ImportError: no such package" in told
     assert "good, llama-3.2-3b, 1 x 1024: OutOfMemoryError: CUDA out of memory" in told
+    eight.clear()
+    bench_memory.run(Namespace(**{**vars(a), "rows": fp8}))
+    assert all(eight)
 
 
 def test_every_row_of_a_csv_file_has_its_machine_and_commit(results: Path) -> None:
