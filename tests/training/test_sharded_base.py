@@ -14,6 +14,7 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qwha_cli.adapters.fp8 import choose_fp8, fp8_products
 from qwha_cli.adapters.fused_blocks import fused_blocks
 from qwha_cli.adapters.keep import set_keep
 from qwha_cli.adapters.peft_bridge import register
@@ -23,7 +24,7 @@ from support.adapted import fill, quantize_model
 from support.tiny_model import tiny_llama
 
 
-def train_split(group: str, basis: str, keep: str, fused: bool) -> None:
+def train_split(group: str, basis: str, keep: str, fused: bool, fp8: bool) -> None:
     """A pass of a whole and of a split base in a process group of one; gradients and what is alive are asserted."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{group}", rank=0, world_size=1)
     register()
@@ -33,6 +34,7 @@ def train_split(group: str, basis: str, keep: str, fused: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     base.disable_input_require_grads()
     set_keep(model, keep)
+    eight = choose_fp8(model, wanted=fp8)
     gathered: list[StorageWeakRef] = []
     gather = torch.distributed.all_gather_into_tensor
 
@@ -43,7 +45,7 @@ def train_split(group: str, basis: str, keep: str, fused: bool) -> None:
     def gradients() -> list[Tensor]:
         ids = torch.arange(24)[None]
         model.zero_grad()
-        with fused_blocks(base) if fused else contextlib.nullcontext():
+        with fp8_products(eight), fused_blocks(base) if fused else contextlib.nullcontext():
             loss = model(input_ids=ids, labels=ids).loss
             there = [not storage.expired() for storage in gathered]
             loss.backward()
@@ -60,11 +62,14 @@ def train_split(group: str, basis: str, keep: str, fused: bool) -> None:
     assert sum(not storage.expired() for storage in gathered) <= 1
 
 
-@pytest.mark.parametrize(("basis", "fused"), [("weight", False), ("hadamard", False), ("hadamard", True)])
+@pytest.mark.parametrize(
+    ("basis", "fused", "fp8"),
+    [("weight", False, False), ("hadamard", False, False), ("hadamard", True, False), ("hadamard", True, True)],
+)
 @pytest.mark.parametrize("keep", ["memory", "block"])
-def test_of_a_split_base_one_blocks_codes_are_there(tmp_path: Path, basis: str, fused: bool, keep: str) -> None:
+def test_of_a_split_base_one_blocks_codes_are_there(tmp_path: Path, basis: str, fused: bool, fp8: bool, keep: str) -> None:
     # a process of its own: a process group is the whole process's
-    arguments = f"{str(tmp_path / 'group')!r}, {basis!r}, {keep!r}, {fused}"
+    arguments = f"{str(tmp_path / 'group')!r}, {basis!r}, {keep!r}, {fused}, {fp8}"
     code = f"from training.test_sharded_base import train_split; train_split({arguments})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, "tests"])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
