@@ -14,6 +14,8 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
+from qwha_cli.kernels.shared_wht import version_of
+
 T = TypeVar("T")
 
 
@@ -44,7 +46,7 @@ class Derived(Generic[T]):
             return entry.result
         with torch.inference_mode(False), torch.no_grad():
             result = make()
-        self._entries[key] = _Entry(tuple(sources), tuple(_version(source) for source in sources), result)
+        self._entries[key] = _Entry(tuple(sources), tuple(version_of(source) for source in sources), result)
         return result
 
     def renew(self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
@@ -55,7 +57,7 @@ class Derived(Generic[T]):
         with torch.inference_mode(False), torch.no_grad():
             for old, new in zip(_tensors(entry.result), _tensors(make()), strict=True):
                 old.copy_(new)
-        self._entries[key] = _Entry(tuple(sources), tuple(_version(source) for source in sources), entry.result)
+        self._entries[key] = _Entry(tuple(sources), tuple(version_of(source) for source in sources), entry.result)
         return entry.result
 
     def clear(self) -> None:
@@ -82,11 +84,6 @@ def _tensors(result: object) -> tuple[Tensor, ...]:
 
 def _unchanged(entry: _Entry[T], sources: Sequence[Tensor]) -> bool:
     return len(entry.sources) == len(sources) and all(
-        one is other and version == _version(other)
+        one is other and version == version_of(other)
         for one, version, other in zip(entry.sources, entry.versions, sources, strict=True)
     )
-
-
-def _version(tensor: Tensor) -> int:
-    # inference tensors count no versions, and cannot be written to where it would matter
-    return -1 if tensor.is_inference() else tensor._version

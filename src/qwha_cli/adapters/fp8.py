@@ -12,6 +12,7 @@ from qwha_cli.adapters.adapted_linear import AdaptedLinear, adapted_layers
 from qwha_cli.adapters.spectral.layer import SpectralLinear
 from qwha_cli.errors import UsageError
 from qwha_cli.kernels.fp8 import MULTIPLE
+from qwha_cli.kernels.fp8_products import fits_fp8
 
 # a layer's weight is rounded and turned whatever the batch
 _WORTH_IT = 2048
@@ -65,8 +66,8 @@ def advice(tokens: float) -> str | None:
 
 def _fits(layer: AdaptedLinear) -> bool:
     """Whether it reads transforms, which have no outliers, and has sizes that tensor cores take."""
-    sizes = (layer.in_features, layer.out_features)
-    return isinstance(layer, SpectralLinear) and layer.basis == "hadamard" and not any(size % MULTIPLE for size in sizes)
+    shape = (layer.out_features, layer.in_features)
+    return isinstance(layer, SpectralLinear) and layer.basis == "hadamard" and fits_fp8(shape)
 
 
 @contextlib.contextmanager

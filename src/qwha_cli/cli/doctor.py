@@ -111,10 +111,11 @@ def gpu_precisions(index: int) -> str:
     import torch
 
     from qwha_cli.kernels.fp8 import lacks_fp8
+    from qwha_cli.training.precision import choose_precision
 
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return "fp32"
-    return "bf16" if lacks_fp8(torch.device("cuda", index)) else "bf16 or fp8"
+    device = torch.device("cuda", index)
+    usual = choose_precision("auto", device=device).name
+    return usual if lacks_fp8(device) else f"{usual} or fp8"
 
 
 def cpu_bfloat16() -> str:

@@ -36,7 +36,7 @@ MULTIPLE = 16
 _FIRST_CAPABILITY = (8, 9)
 _MANTISSA = (1 << 23) - 1
 # biased, of 2^-63 and 2^63: the product of two scales is a normal float32 number
-_EXPONENTS = (64, 190)
+EXPONENTS = (64, 190)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +97,9 @@ def to_fp8(x: Tensor, *, backend: Requested = "auto") -> Fp8Matrix:
     exact = x.float()
     # the biased exponent of the smallest power of two that is no less
     found = ((exact.abs().amax(dim=1) / LARGEST).view(torch.int32) + _MANTISSA) >> 23
-    exponent = found.clamp(*_EXPONENTS)
+    exponent = found.clamp(*EXPONENTS)
     values = (exact * _power(254 - exponent).unsqueeze(1)).clamp(-LARGEST, LARGEST).to(E4M3)
-    return Fp8Matrix(values, _power(exponent).masked_fill(found > _EXPONENTS[1], math.inf))
+    return Fp8Matrix(values, _power(exponent).masked_fill(found > EXPONENTS[1], math.inf))
 
 
 def transposed(a: Fp8Matrix, *, by: Tensor | None = None, backend: Requested = "auto") -> Fp8Matrix:

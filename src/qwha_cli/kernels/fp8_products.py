@@ -19,6 +19,7 @@ from torch import Tensor
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.fp8 import MULTIPLE, Fp8Matrix, matmul_fp8, to_fp8, transposed, turned
 from qwha_cli.kernels.gradient_chain import is_ours
+from qwha_cli.kernels.shared_wht import version_of
 
 _FORM, _TURNED = "_qwha_fp8", "_qwha_fp8_turned"
 
@@ -46,20 +47,25 @@ def fp8_weight(weight: Tensor, *, backend: Requested) -> Fp8Weight:
     return Fp8Weight(forward.values, forward.scales, backward.values, backward.scales)
 
 
+def fits_fp8(shape: tuple[int, int]) -> bool:
+    """Whether tensor cores take the sizes of a weight (out, in) in 8-bit products."""
+    return not (shape[0] % MULTIPLE or shape[1] % MULTIPLE)
+
+
 def suits_fp8(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether the products of x (..., in) and a weight (out, in) are of 8-bit numbers, where that is wanted.
 
     Of sizes that tensor cores take, and on a GPU in bfloat16. How many tokens there are does not matter, so that neither padding
     nor the number of processes changes the arithmetic.
     """
-    if shape[0] % MULTIPLE or shape[1] % MULTIPLE or not x.numel():
+    if not fits_fp8(shape) or not x.numel():
         return False
     return dtype == torch.bfloat16 or (dtype == torch.float32 and x.device.type != "cuda")
 
 
 def shared_fp8(z: Tensor, *, backend: Requested) -> Fp8Matrix:
     """The 8-bit form of z (..., in) as a matrix (tokens, in), made once for all that ask for it before z is written to."""
-    version = -1 if z.is_inference() else z._version
+    version = version_of(z)
     found = cast("tuple[int, Fp8Matrix] | None", getattr(z, _FORM, None))
     if found is not None and found[0] == version:
         return found[1]
@@ -70,7 +76,7 @@ def shared_fp8(z: Tensor, *, backend: Requested) -> Fp8Matrix:
 
 def hand_on_fp8(form: Fp8Matrix, passed: Tensor) -> None:
     """Let `passed`, the numbers that `form` was made of under another name, be known in that form too."""
-    setattr(passed, _FORM, (passed._version, form))
+    setattr(passed, _FORM, (version_of(passed), form))
 
 
 def fp8_product(z: Fp8Matrix, weight: Fp8Matrix, bias: Tensor | None, *, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwha_cli.kernels.fp8 import E4M3
+from qwha_cli.kernels.fp8 import E4M3, EXPONENTS, LARGEST
 
 # measured on an H100: a tile this large is read and written at 0.9 of a copy's speed
 _ROWS, _COLUMNS, _WARPS = 64, 128, 4
@@ -23,7 +23,10 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     if rows:
         # x may lie on another device than the current one
         with torch.cuda.device_of(x):
-            _to_fp8[(rows,)](x, values, scales, columns, SPAN=span, num_warps=min(16, max(4, span // 1024)))
+            _to_fp8[(rows,)](
+                x, values, scales, columns, LARGEST=LARGEST, LOWEST=EXPONENTS[0], HIGHEST=EXPONENTS[1], SPAN=span,
+                num_warps=min(16, max(4, span // 1024)),
+            )  # fmt: skip
     return values, scales
 
 
@@ -43,19 +46,22 @@ def transposed(values: Tensor, scales: tuple[Tensor, Tensor] | None, *, padded: 
 
 
 @triton.jit
-def _to_fp8(x_ptr, values_ptr, scales_ptr, columns, SPAN: tl.constexpr):
+def _to_fp8(
+    x_ptr, values_ptr, scales_ptr, columns,
+    LARGEST: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     at = tl.arange(0, SPAN)
     place = row.to(tl.int64) * columns + at
     x = tl.load(x_ptr + place, mask=at < columns, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), axis=0) / 448.0
+    largest = tl.max(tl.abs(x), axis=0) / LARGEST
     found = (largest.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
-    exponent = tl.minimum(tl.maximum(found, 64), 190)
+    exponent = tl.minimum(tl.maximum(found, LOWEST), HIGHEST)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = tl.clamp(x * inverse, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    scaled = tl.clamp(x * inverse, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(values_ptr + place, scaled.to(tl.float8e4nv), mask=at < columns)
     # 255 << 23 is infinity
-    tl.store(scales_ptr + row, (tl.where(found > 190, 255, exponent) << 23).to(tl.float32, bitcast=True))
+    tl.store(scales_ptr + row, (tl.where(found > HIGHEST, 255, exponent) << 23).to(tl.float32, bitcast=True))
 
 
 @triton.jit(do_not_specialize=["rows"])

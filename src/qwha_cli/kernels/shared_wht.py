@@ -43,7 +43,7 @@ def shared_wht(x: Tensor, *, dtype: torch.dtype | None = None, backend: Requeste
     recorded = torch.is_grad_enabled() and x.requires_grad
     if recorded and x.is_leaf:
         return wht(x.to(dtype), backend=backend)
-    version = -1 if x.is_inference() else x._version
+    version = version_of(x)
     found = cast("tuple[int, torch.dtype, Tensor] | None", getattr(x, _ATTRIBUTE, None))
     if found is not None and found[:2] == (version, dtype) and _serves(found[2], recorded):
         return found[2]
@@ -65,6 +65,11 @@ def hand_on(x: Tensor, result: Tensor, passed: Tensor) -> None:
         setattr(x, _ATTRIBUTE, (*found[:2], passed))
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; always the same for inference tensors, which count no versions."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _serves(result: Tensor, recorded: bool) -> bool:
     """Whether a result made earlier fits what the caller records."""
     # autograd keeps no tensors that were made under inference_mode
@@ -84,7 +89,7 @@ def stand_in(z: Tensor, dtype: torch.dtype) -> Tensor:
         (..., n) of `dtype`; `shared_wht` gives z for it, for z's dtype.
     """
     x: Tensor = _StandIn.apply(z, dtype)
-    setattr(x, _ATTRIBUTE, (-1 if x.is_inference() else x._version, z.dtype, z))
+    setattr(x, _ATTRIBUTE, (version_of(x), z.dtype, z))
     return x
 
 

@@ -88,17 +88,17 @@ def spectral_linear(
     with torch.autocast(x.device.type, enabled=False):
         z = basis_input(x, dtype, basis=basis, backend=backend)
         how = _How(places, scale, basis == "hadamard" or transform == "identity", backend, shared=basis == "hadamard")
-        kept8 = fp8 if isinstance(fp8, Fp8Weight) else None
-        if weight is None and kept8 is None and until_backward and z.requires_grad:
+        w8: Fp8Matrix | Fp8Weight | None = fp8 if isinstance(fp8, Fp8Weight) else None
+        if weight is None and w8 is None and until_backward and z.requires_grad:
             with torch.no_grad():
                 weight = how.weight(base, values, dtype)
-        z8 = w8 = None
-        if kept8 is not None or (fp8 and suits_fp8(z, places.shape, dtype)):
+        z8 = None
+        if w8 is not None or (fp8 and suits_fp8(z, places.shape, dtype)):
             z8 = shared_fp8(z, backend=backend)
             if until_backward and weight is not None:
                 # half as large as a dense one until then
                 w8, weight = to_fp8(weight, backend=backend), None
-        rest = (bias, weight, base, how, z8, w8 if kept8 is None else kept8)
+        rest = (bias, weight, base, how, z8, w8)
         promise, passed = cast("tuple[Tensor, Tensor | None]", _Gradients.apply(z, values, *rest))
         if passed is not None:
             hand_on(x, z, passed)

@@ -199,8 +199,8 @@ class SpectralLinear(AdaptedLinear):
         if isinstance(base, Codes) and suits(x, base, dtype, self.backend):
             return self._forward_few(x, names, transform, base, dtype)
         values, places, scale = self._combined(names)
-        eight = self.fp8 and suits_fp8(x, places.shape, dtype)
         kept = self.keep == "speed"
+        kept_fp8 = kept and self.fp8 and suits_fp8(x, places.shape, dtype)
         return spectral_linear(
             x,
             values,
@@ -214,7 +214,7 @@ class SpectralLinear(AdaptedLinear):
             # with 8-bit products none is kept dense
             weight=cast(Tensor, self._kept(names, transform, dtype)) if kept and not self.fp8 else None,
             until_backward=self.keep == "block",
-            fp8=cast(Fp8Weight, self._kept(names, transform, E4M3)) if kept and eight else eight,
+            fp8=cast(Fp8Weight, self._kept(names, transform, E4M3)) if kept_fp8 else self.fp8,
         )
 
     def reads_transform(self) -> bool:
