@@ -4,7 +4,8 @@
     python benchmarks/bench_effective_weight.py run --out results.jsonl      the product's own choice, beside torch
     python benchmarks/bench_effective_weight.py run --check                  first, that all results are torch's to the bit
 
-Bytes of a weight are its codes, scales and zeros, 2 + 4 a entry of F, and 2 a weight written. Time is taken as timing.py says, so
+Forms are dense, in bfloat16, and two in 8 bits (kernels/weight_fp8.py), "rows" and "turned". Bytes of a weight are its codes,
+scales and zeros, 2 + 4 a entry of F, and 2 a weight written, or 1 in 8 bits. Time is taken as timing.py says, so
 that neither the host nor the cache flatters. One line of JSON a measurement; `share` is that of a large copy's bandwidth,
 `share_alike` that of a copy which moves as many bytes as the kernel, and which like it does not fill the device for long.
 """
@@ -12,6 +13,7 @@ that neither the host nor the cache flatters. One line of JSON a measurement; `s
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import time
@@ -25,6 +27,7 @@ import torch
 from timing import copy_bandwidth, graph_us, num_copies
 from torch import Tensor
 
+from qwha_cli.kernels import dequantize_cut as cut
 from qwha_cli.kernels import dequantize_triton as kernel
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize import dequantize
@@ -36,6 +39,7 @@ SHAPES = [(3072, 3072), (1024, 3072), (8192, 3072), (3072, 8192), (4096, 4096), 
 KINDS = ["2", "3", "4", "nf4", "dense"]
 GROUP = 64
 DENSITY = 0.042
+FORMS = ("dense", "rows", "turned")
 
 Base = Codes | Tensor
 
@@ -109,17 +113,36 @@ class Report:
         return self.alike[moved]
 
 
-Job = tuple[Base | None, tuple[Tensor, Places, float], Tensor]
+Job = tuple[Base | None, tuple[Tensor, Places, float], Tensor, kernel.Form | None]
 
 
-def sets(base: Base | None, values: Tensor, places: Places, moved: int) -> list[Job]:
+def room(shape: tuple[int, int], form: str) -> tuple[Tensor, kernel.Form | None]:
+    """A weight to write in a form."""
+    if form == "dense":
+        return torch.empty(shape, dtype=torch.bfloat16, device="cuda"), None
+    scales = torch.ones(shape[0] if form == "rows" else (), device="cuda")
+    size = shape if form == "rows" else shape[::-1]
+    same = torch.empty(size[0], device="cuda")
+    return torch.empty(size, dtype=torch.float8_e4m3fn, device="cuda"), kernel.Form(form, scales, same)  # pyright: ignore
+
+
+def sets(base: Base | None, values: Tensor, places: Places, moved: int, form: str = "dense") -> list[Job]:
     """Copies of a base and of the entries, each with a weight to write."""
     found: list[Job] = []
     for _ in range(num_copies(moved)):
         own = Places(places.row_starts.clone(), places.columns.clone(), places.shape)
-        weight = torch.empty(places.shape, dtype=torch.bfloat16, device="cuda")
-        found.append((None if base is None else copy_of(base), (values.clone(), own, 0.5), weight))
+        found.append((None if base is None else copy_of(base), (values.clone(), own, 0.5), *room(places.shape, form)))
     return found
+
+
+def chosen_for(base: Base | None, form: str) -> cut.Config:
+    """What the product takes."""
+    return cut.config_for(base) if form == "dense" else cut.fp8_config_for(base, is_turned=form == "turned")
+
+
+def candidates(form: str) -> tuple[cut.Config, ...]:
+    """What may be taken."""
+    return cut.TURNED_CANDIDATES if form == "turned" else cut.CANDIDATES
 
 
 def launch_in_torch(weight: Tensor, base: Base, entries: tuple[Tensor, Places, float]) -> Tensor:
@@ -130,33 +153,33 @@ def launch_in_torch(weight: Tensor, base: Base, entries: tuple[Tensor, Places, f
     )
 
 
-def compile_all(jobs: list[tuple[str, kernel.Config]]) -> None:
+def compile_all(jobs: list[tuple[str, str, cut.Config]]) -> None:
     """Launch each kind with each cut once, which leaves the kernels in Triton's cache on the disk."""
     entries = random_entries((256, 3072))
-    for kind, config in jobs:
-        weight = torch.empty((256, 3072), dtype=torch.bfloat16, device="cuda")
-        kernel.launch(weight, random_base(kind, (256, 3072)), (*entries, 1.0), config)
+    for form, kind, config in jobs:
+        weight, how = room((256, 3072), form)
+        kernel.launch(weight, random_base(kind, (256, 3072)), (*entries, 1.0), config, how)
     torch.cuda.synchronize()
 
 
-def tune(report: Report, workers: int) -> None:
+def tune(report: Report, workers: int, forms: list[str], kinds: list[str]) -> None:
     """Every cut on every shape and kind."""
     begun = time.perf_counter()
-    jobs = [(kind, config) for config in kernel.CANDIDATES for kind in KINDS]
+    jobs = [(form, kind, config) for form in forms for config in candidates(form) for kind in kinds]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_all, [jobs[i::workers] for i in range(workers)]))
     print(json.dumps({"compiled": len(jobs), "s": round(time.perf_counter() - begun)}), flush=True)
     for shape in SHAPES:
         values, places = random_entries(shape)
-        for kind in KINDS:
+        for form, kind in itertools.product(forms, kinds):
             base = random_base(kind, shape)
-            moved = size_of(base) + 6 * len(places) + 2 * shape[0] * shape[1]
-            rotated = sets(base, values, places, moved)
-            chosen = kernel.config_for(base)
+            moved = size_of(base) + 6 * len(places) + (2 if form == "dense" else 1) * shape[0] * shape[1]
+            rotated = sets(base, values, places, moved, form)
+            chosen = chosen_for(base, form)
             found: list[dict[str, object]] = []
-            for config in {*kernel.CANDIDATES, chosen}:
-                calls = [partial(kernel.launch, weight, own, entries, config) for own, entries, weight in rotated]
-                fields = {"shape": shape, "kind": kind, "chosen": config == chosen, **asdict(config)}
+            for config in {*candidates(form), chosen}:
+                calls = [partial(kernel.launch, weight, own, entries, config, how) for own, entries, weight, how in rotated]
+                fields = {"shape": shape, "form": form, "kind": kind, "chosen": config == chosen, **asdict(config)}
                 found.append(report.line(graph_us(calls), moved, show=False, **fields))
             found.sort(key=lambda record: float(str(record["us"])))
             for record in [*found[:2], *(r for r in found[2:] if r["chosen"])]:
@@ -173,21 +196,26 @@ def run(report: Report, *, check: bool) -> None:
             if check and base is not None:
                 compare(base, values, places)
             moved = size_of(base) + 6 * len(places) + weights
+            for form in FORMS if kind != "zeros" else FORMS[:1]:
+                less = 0 if form == "dense" else shape[0] * shape[1]
+                rotated = sets(base, values, places, moved - less, form)
+                config = chosen_for(base, form)
+                calls = [partial(kernel.launch, weight, own, entries, config, how) for own, entries, weight, how in rotated]
+                op = "effective_weight" if form == "dense" else f"effective_weight, 8 bits, {form}"
+                report.line(graph_us(calls), moved - less, op=op, shape=shape, kind=kind)
             rotated = sets(base, values, places, moved)
-            config = kernel.config_for(base)
-            calls = [partial(kernel.launch, weight, own, entries, config) for own, entries, weight in rotated]
-            report.line(graph_us(calls), moved, op="effective_weight", shape=shape, kind=kind)
+            config = chosen_for(base, "dense")
             if isinstance(base, Codes):
-                calls = [partial(kernel.launch, weight, own, None, config) for own, _, weight in rotated]
+                calls = [partial(kernel.launch, weight, own, None, config) for own, _, weight, _ in rotated]
                 report.line(graph_us(calls), moved - 6 * len(places), op="dequantize", shape=shape, kind=kind)
             if kind in ("2", "dense"):
                 calls = [
-                    partial(launch_in_torch, weight, own, entries) for own, entries, weight in rotated[:2] if own is not None
+                    partial(launch_in_torch, weight, own, entries) for own, entries, weight, _ in rotated[:2] if own is not None
                 ]
                 report.line(graph_us(calls), moved, op="effective_weight, torch", shape=shape, kind=kind)
         rotated = sets(None, values, places, weights)
         for backend in ("triton", "torch"):
-            calls = [partial(gather_entries, weight, e[1], scale=0.5, backend=backend) for _, e, weight in rotated]
+            calls = [partial(gather_entries, weight, e[1], scale=0.5, backend=backend) for _, e, weight, _ in rotated]
             report.line(graph_us(calls), weights + 6 * len(places), op=f"gather, {backend}", shape=shape)
     report.line(host_microseconds(), 0, op="host time of a call of effective_weight")
 
@@ -216,7 +244,7 @@ def compare(base: Base, values: Tensor, places: Places) -> None:
     if isinstance(base, Codes):
         assert torch.equal(dequantize(base, torch.bfloat16), dequantize(base, torch.bfloat16, backend="torch"))
     if places.shape[0] == SHAPES[0][0]:
-        for config in kernel.CANDIDATES[::5]:
+        for config in cut.CANDIDATES[::5]:
             weight = torch.empty(places.shape, dtype=torch.bfloat16, device="cuda")
             kernel.launch(weight, base, (values, places, 0.5), config)
             assert torch.equal(weight, expected), config
@@ -228,6 +256,8 @@ def main() -> None:
     parser.add_argument("command", choices=["tune", "run"])
     parser.add_argument("--out", type=Path, help="append all lines to this file")
     parser.add_argument("--check", action="store_true", help="compare with torch first")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="which to tune")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of which bases")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -236,7 +266,7 @@ def main() -> None:
     file = arguments.out.open("a") if arguments.out else None
     report = Report(file, copy)
     if arguments.command == "tune":
-        tune(report, arguments.workers)
+        tune(report, arguments.workers, arguments.forms, arguments.kinds)
     else:
         run(report, check=arguments.check)
     if file is not None:

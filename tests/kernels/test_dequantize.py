@@ -86,7 +86,8 @@ def as_torch(codes: Codes, dtypes: list[torch.dtype]) -> None:
 
 def cut_otherwise(codes: Codes) -> None:
     """Other sizes of programs and tiles, too; each writes the whole matrix."""
-    from qwha_cli.kernels.dequantize_triton import Config, launch
+    from qwha_cli.kernels.dequantize_cut import Config
+    from qwha_cli.kernels.dequantize_triton import launch
 
     expected: Tensor = dequantize(codes, torch.float32, backend="torch")
     for config in (Config(8, 32, 64), Config(32, 64, 0, stages=2), Config(4, 512, 512)):

@@ -154,7 +154,8 @@ def nothing_to_add(codes: Codes) -> None:
 
 def cut_otherwise(codes: Codes) -> None:
     """Other sizes of programs and tiles, in one launch and in two."""
-    from qwha_cli.kernels.dequantize_triton import Config, launch
+    from qwha_cli.kernels.dequantize_cut import Config
+    from qwha_cli.kernels.dequantize_triton import launch
 
     places = places_on(codes.shape, str(codes.device))
     values = numbers(len(places), dtype=torch.float32).to(codes.device) * 0.05

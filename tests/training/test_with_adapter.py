@@ -25,10 +25,10 @@ from qwha_cli.errors import Interrupted, UsageError
 from qwha_cli.evaluation.answers import answer_perplexity, exact_match
 from qwha_cli.evaluation.harness import TaskRequest, run_tasks
 from qwha_cli.kernels.fp8 import E4M3
-from qwha_cli.kernels.fp8_products import Fp8Weight
 from qwha_cli.kernels.low_rank import LowRank
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.spectral_linear import Keep
+from qwha_cli.kernels.weight_fp8 import Fp8Weight
 from qwha_cli.quant.checkpoint import load_base, save_base
 from qwha_cli.quant.linear import QuantizedLinear
 from qwha_cli.quant.packed import Basis, QuantizerOptions

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from qwha_cli.kernels.shared_wht import version_of
+from qwha_cli.kernels.stand_in import version_of
 
 T = TypeVar("T")
 

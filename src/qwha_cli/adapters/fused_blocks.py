@@ -14,7 +14,7 @@ slower than two is left to whoever does it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -120,21 +120,23 @@ def _fits(block: nn.Module) -> bool:
 
 
 def _forward(block: Any, x: Tensor, others: Mapping[str, Any]) -> Tensor:  # noqa: ANN401
-    read, x = _normed(block.input_layernorm, x, None)
-    attended, _ = block.self_attn(hidden_states=read, **others)
-    read, h = _normed(block.post_attention_layernorm, x, attended)
-    mlp = block.mlp
+    attention, mlp = block.self_attn, block.mlp
+    read, x = _normed(block.input_layernorm, x, None, (attention.q_proj, attention.k_proj, attention.v_proj))
+    attended, _ = attention(hidden_states=read, **others)
+    read, h = _normed(block.post_attention_layernorm, x, attended, (mlp.gate_proj, mlp.up_proj))
     if not gate_pays(mlp.down_proj.in_features):
         return h + mlp(read)
     gate, up = mlp.gate_proj(read), mlp.up_proj(read)
     # the norm's result is not needed while the widest tensors of the block are made
     del read
-    return h + mlp.down_proj(stand_in(gate_wht(gate, up, dtype=computing_dtype(gate)), gate.dtype))
+    z = gate_wht(gate, up, dtype=computing_dtype(gate), fp8=mlp.down_proj.reads_fp8(gate))
+    return h + mlp.down_proj(stand_in(z, gate.dtype))
 
 
-def _normed(norm: Any, x: Tensor, add: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def _normed(norm: Any, x: Tensor, add: Tensor | None, readers: Sequence[SpectralLinear]) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     add = None if add is None else add.to(x.dtype)
-    z, h = norm_wht(x, norm.weight, eps=norm.variance_epsilon, dtype=computing_dtype(x), add=add)
+    fp8 = all(reader.reads_fp8(x) for reader in readers)
+    z, h = norm_wht(x, norm.weight, eps=norm.variance_epsilon, dtype=computing_dtype(x), add=add, fp8=fp8)
     return stand_in(z, x.dtype), h
 
 

@@ -101,6 +101,24 @@ def gather_rows(codes: Codes, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return _values(codes, numbers, codes.scales.index_select(1, rows).T, zeros.T, dtype)
 
 
+def row_bounds(base: Codes | Tensor) -> Tensor:
+    """The largest magnitude that each row could have by its scales and zeros, whatever its codes are, as kernels compute it.
+
+    Args:
+        base: (out, in), quantized, or dense and floating: then the largest that it has.
+
+    Returns:
+        (out,) float32.
+    """
+    if isinstance(base, Tensor):
+        return base.float().abs().amax(dim=1)
+    if base.layout == "nf4":
+        return (base.scales.abs() * base.zeros.abs().amax()).view(base.shape[0], -1).amax(dim=1)
+    zeros = unpack(base.zeros, bits=base.zero_bits, count=base.shape[0]).float() / (1 << (base.zero_bits - base.bits))
+    scales = base.scales.float()
+    return torch.maximum((scales * -zeros).abs(), (scales * ((1 << base.bits) - 1 - zeros)).abs()).amax(dim=0)
+
+
 def _check_rows(codes: Codes) -> None:
     if codes.layout != "gptq":
         raise KernelError(f"rows of the layout {codes.layout} cannot be read alone", where=OP)

@@ -1,5 +1,7 @@
 """Codes to numbers in Triton, and the kernel that writes a weight with or without the entries of F; see dequantize.py.
 
+A weight is written dense, or as the 8-bit numbers of weight_fp8.py, as it is or turned.
+
 A program takes some rows and a span of their columns, tile by tile. Words lie (words, out) and weights (out, in), so a tile is
 read along the outputs and written along the inputs; the words, not the numbers, change hands between threads. Products of a scale
 and a code minus zero are exact in float32, so that no order of operations changes a bit.
@@ -12,6 +14,7 @@ looked up; the first of them are read before the tiles.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import triton
@@ -19,54 +22,24 @@ import triton.language as tl
 from torch import Tensor
 
 from qwha_cli.kernels.codes import Codes
+from qwha_cli.kernels.dequantize_cut import Config, config_for
+from qwha_cli.kernels.fp8_triton import inverse_of
 from qwha_cli.kernels.places import Places
 
 
 @dataclass(frozen=True)
-class Config:
-    """How a weight is cut up.
+class Form:
+    """In which form a weight is written.
 
     Args:
-        rows: Rows of a program, a power of two.
-        columns: Columns of a tile, a power of two, at least 32.
-        span: Columns of a program, a multiple of `columns`; 0 for all.
-        warps: Of a program.
-        stages: Tiles whose loads are under way at once.
+        kind: "dense"; "rows", in 8 bits with a scale a row; "turned", the transpose in 8 bits with one scale.
+        scales: (out,) or () float32: those scales.
+        same: Where a turned weight's scale is written for every column (in,).
     """
 
-    rows: int = 8
-    columns: int = 512
-    span: int = 512
-    warps: int = 4
-    stages: int = 1
-
-
-CANDIDATES: tuple[Config, ...] = (
-    *(
-        Config(rows, columns, span, warps)
-        for rows, columns, warps in (
-            *((8, 128, 2), (8, 128, 4), (8, 256, 4), (8, 256, 8), (8, 512, 4), (8, 512, 8), (16, 128, 4), (16, 128, 8)),
-            *((16, 256, 4), (16, 256, 8), (16, 512, 8), (32, 128, 4), (32, 128, 8), (4, 512, 4)),
-        )
-        for span in (512, 1024, 2048, 0)
-    ),
-    *(Config(8, columns, 1024, 4, stages=stages) for columns in (256, 512) for stages in (2, 3)),
-)
-"""What benchmarks/bench_effective_weight.py times; `config_for` takes from its results."""
-
-
-# the best of the candidates on an H100, over seven shapes of layers (docs/results/speed.md)
-_PACKED = Config()
-_TABLE = Config(rows=4, columns=512, span=1024)
-_DENSE = Config(rows=4, columns=512, span=512)
-
-
-def config_for(base: Codes | Tensor | None) -> Config:
-    """The cut for a base, which is codes, a dense matrix, or None for zeros."""
-    if not isinstance(base, Codes):
-        return _DENSE
-    # a table look-up takes more registers a number
-    return _TABLE if base.layout == "nf4" else _PACKED
+    kind: Literal["dense", "rows", "turned"]
+    scales: Tensor
+    same: Tensor
 
 
 def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor:
@@ -76,16 +49,24 @@ def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def launch(weight: Tensor, base: Codes | Tensor | None, entries: tuple[Tensor, Places, float] | None, config: Config) -> None:
+def launch(
+    weight: Tensor,
+    base: Codes | Tensor | None,
+    entries: tuple[Tensor, Places, float] | None,
+    config: Config,
+    form: Form | None = None,
+) -> None:
     """Write a weight.
 
     Args:
-        weight: (out, in), contiguous, written as a whole.
+        weight: (out, in), contiguous, written as a whole; (in, out) where it is turned.
         base: (out, in), contiguous where it is a tensor; None for zeros.
         entries: Values (nnz,) of F, their places and the factor on them, to be added; None for none.
         config: How.
+        form: None for a dense one.
     """
-    rows, columns = weight.shape
+    form = form or Form("dense", weight, weight)
+    rows, columns = weight.shape[::-1] if form.kind == "turned" else weight.shape
     # plain division: triton.cdiv is a kernel's function, and takes ten microseconds when Python calls it
     span = config.span if 0 < config.span < columns else -(-columns // config.columns) * config.columns
     grid = (-(-rows // config.rows), -(-columns // span))
@@ -96,22 +77,26 @@ def launch(weight: Tensor, base: Codes | Tensor | None, entries: tuple[Tensor, P
         lists = (values, places.span_starts(span), places.columns, factor)
         # somewhat more than lie in a row's span on average
         slots = min(max(triton.next_power_of_2(5 * len(places) // (4 * rows * grid[1]) + 1), 16), 128)
-    if isinstance(base, Codes):
-        tensors = (base.codes, base.scales, base.zeros)
-        # a span of a matrix's rows lies between others
-        strides = (base.codes.stride(0), base.zeros.stride(0)) if base.layout == "gptq" else (0, 0)
-        kind, bits, zero_bits, group = base.layout, base.bits, base.zero_bits, base.group_size
-    else:
-        tensors, strides = (weight if base is None else base, weight, weight), (0, 0)
-        kind, bits, zero_bits, group = "zeros" if base is None else "dense", 0, 0, 1
+    tensors, strides, kind = operands(base, weight)
     _write[grid](
-        weight, *tensors, *lists, rows, columns, span, *strides,
-        KIND=kind, BITS=bits, ZERO_BITS=zero_bits, GROUP=group, UNIT=min(group & -group, config.columns),
-        SPARSE=entries is not None,
+        weight, form.scales, form.same, *tensors, *lists, rows, columns, span, *strides,
+        **kind, UNIT=min(kind["GROUP"] & -kind["GROUP"], config.columns), SPARSE=entries is not None, FORM=form.kind,
         ROWS=config.rows, COLUMNS=config.columns, SLOTS=slots, STAGES=config.stages,
         # a fused product and sum would round otherwise than torch
         num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def operands(base: Codes | Tensor | None, filler: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int], dict[str, Any]]:
+    """A base as kernels take it: three tensors, the strides of codes and zeros, and what is known before a kernel runs."""
+    if isinstance(base, Codes):
+        # a span of a matrix's rows lies between others
+        strides = (base.codes.stride(0), base.zeros.stride(0)) if base.layout == "gptq" else (0, 0)
+        kind = {"KIND": base.layout, "BITS": base.bits, "ZERO_BITS": base.zero_bits, "GROUP": base.group_size}
+        return base.tensors, strides, kind
+    name = "zeros" if base is None else "dense"
+    tensors = (filler if base is None else base, filler, filler)
+    return tensors, (0, 0), {"KIND": name, "BITS": 0, "ZERO_BITS": 0, "GROUP": 1}
 
 
 @triton.jit
@@ -155,7 +140,7 @@ def _gptq_codes(ptr, row, inside, start, stride, columns, BITS: tl.constexpr, CO
 
 
 @triton.jit
-def _gptq_grid(scales_ptr, zeros_ptr, row, group, inside, rows, stride, zero_stride, BITS: tl.constexpr, ZERO_BITS: tl.constexpr):
+def gptq_grid(scales_ptr, zeros_ptr, row, group, inside, rows, stride, zero_stride, BITS: tl.constexpr, ZERO_BITS: tl.constexpr):
     """Scales, and minus scale times zero, both exact in float32."""
     scale = tl.load(scales_ptr + group * stride + row, mask=inside, other=0.0).to(tl.float32)
     words = (rows * ZERO_BITS + 31) // 32
@@ -189,7 +174,7 @@ def _tile(
         in_units = inside & (unit < columns)
         if KIND == "gptq":
             code = _gptq_codes(base_ptr, row, inside, start, stride, columns, BITS, COLUMNS)
-            scale, shift = _gptq_grid(
+            scale, shift = gptq_grid(
                 scales_ptr, zeros_ptr, row, unit // GROUP, in_units, rows, stride, zero_stride, BITS, ZERO_BITS
             )
             return tl.fma(code.to(tl.float32), _repeat(scale, UNIT), _repeat(shift, UNIT))
@@ -223,7 +208,7 @@ def _at(
         else:
             code = code >> shift
         code = (code & ((1 << BITS) - 1)).to(tl.float32)
-        scale, offset = _gptq_grid(scales_ptr, zeros_ptr, row, column // GROUP, mask, rows, stride, zero_stride, BITS, ZERO_BITS)
+        scale, offset = gptq_grid(scales_ptr, zeros_ptr, row, column // GROUP, mask, rows, stride, zero_stride, BITS, ZERO_BITS)
         return tl.fma(code, scale, offset)
     else:
         byte = tl.load(base_ptr + place // 2, mask=mask, other=0).to(tl.int32)
@@ -243,28 +228,45 @@ def _entries(values_ptr, columns_ptr, begin, end, start, factor, SLOTS: tl.const
 
 @triton.jit
 def _write(
-    weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor, rows, columns, span,
-    stride, zero_stride, KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
-    SPARSE: tl.constexpr,
+    weight_ptr, form_ptr, same_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor,
+    rows, columns, span, stride, zero_stride,
+    KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
+    SPARSE: tl.constexpr, FORM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < rows
+    # steps in memory from row to row, and from column to column
+    down, along = columns, 1
+    inverse = 1.0
+    if FORM == "rows":
+        inverse = inverse_of(tl.load(form_ptr + row, mask=inside, other=1.0))
+    elif FORM == "turned":
+        down, along = 1, rows
+        whole = tl.load(form_ptr)
+        inverse = inverse_of(whole)
+    first = tl.program_id(1) * span
     if SPARSE:
         # the ranges of all rows and spans lie one behind the other
         range_ptr = starts_ptr + row * tl.num_programs(1) + tl.program_id(1)
         begin = tl.load(range_ptr, mask=inside, other=0)
         end = tl.load(range_ptr + 1, mask=inside, other=0)
         mask, column, value = _entries(values_ptr, columns_ptr, begin, end, 0, factor, SLOTS)
-    first = tl.program_id(1) * span
     for start in tl.range(first, tl.minimum(first + span, columns), COLUMNS, num_stages=STAGES):
         tile = _tile(
             base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns, stride, zero_stride,
             KIND, BITS, ZERO_BITS, GROUP, UNIT, COLUMNS,
         )  # fmt: skip
         at = start + tl.arange(0, COLUMNS)[None, :]
-        tile_ptr = weight_ptr + row.to(tl.int64) * columns + at
+        tile_ptr = weight_ptr + row.to(tl.int64) * down + at.to(tl.int64) * along
+        if FORM != "dense":
+            tile *= inverse
         tl.store(tile_ptr, tile.to(weight_ptr.dtype.element_ty), mask=inside & (at < columns))
+        if FORM == "turned":
+            # the programs of the first rows do it for all
+            column_at = start + tl.arange(0, COLUMNS)
+            mine = column_at < tl.where(tl.program_id(0) == 0, columns, 0)
+            tl.store(same_ptr + column_at, tl.zeros([COLUMNS], tl.float32) + whole, mask=mine)
     if SPARSE:
         tl.debug_barrier()
         most = tl.max(end - begin)
@@ -273,6 +275,8 @@ def _write(
                 base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns, stride, zero_stride,
                 KIND, BITS, ZERO_BITS, GROUP,
             )  # fmt: skip
-            entry_ptr = weight_ptr + row.to(tl.int64) * columns + column
+            if FORM != "dense":
+                value *= inverse
+            entry_ptr = weight_ptr + row.to(tl.int64) * down + column.to(tl.int64) * along
             tl.store(entry_ptr, value.to(weight_ptr.dtype.element_ty), mask=mask)
             mask, column, value = _entries(values_ptr, columns_ptr, begin, end, start + SLOTS, factor, SLOTS)

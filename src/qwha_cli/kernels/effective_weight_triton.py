@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qwha_cli.kernels.codes import Codes
-from qwha_cli.kernels.dequantize_triton import config_for, launch
+from qwha_cli.kernels.dequantize_cut import config_for
+from qwha_cli.kernels.dequantize_triton import launch
 from qwha_cli.kernels.places import Places
 
 _ROWS = 8

@@ -3,12 +3,13 @@
     A ≈ diag(s) A₈,  |A₈| ≤ 448        A Bᵀ ≈ diag(s_A) A₈ B₈ᵀ diag(s_B)
 
 From compute capability 8.9 on, a GPU multiplies such matrices twice as fast as bfloat16 ones, and adds up in the 14 bits of its
-tensor cores or, a little slower, in float32. e4m3 has three bits behind the point, so an entry is off by 1/16 of itself at
-most, by 2.6 % in the root mean square, and entries down to 2⁻¹³ of their row's largest keep that; products of Hadamard
-transforms, which have no outliers, are what this suits. The tensor cores read both matrices along the dimension that is summed
-over, so a product with a transpose needs it written anew: `transposed` makes it from the 8-bit numbers themselves. There one
-scale has to serve all rows, and as scales are powers of two, changing them moves exponents and rounds nothing but what falls
-below 2⁻¹³ of the largest. DeepSeek-V3 (arXiv 2412.19437, §3.3) and torchao train like this, with finer scales or coarser ones.
+tensor cores, which costs a sum of 8,192 products 0.2 % of its size (an H100). e4m3 has three bits behind the point, so an entry
+is off by 1/16 of itself at most, by 2.6 % in the root mean square, and entries down to 2⁻¹³ of their row's largest keep that;
+products of Hadamard transforms, which have no outliers, are what this suits. The tensor cores read both matrices along the
+dimension that is summed over, so a product with a transpose needs it written anew: `transposed` makes it from the 8-bit numbers
+themselves. There one scale has to serve all rows, and as scales are powers of two, changing them moves exponents and rounds
+nothing but what falls below 2⁻¹³ of the largest. DeepSeek-V3 (arXiv 2412.19437, §3.3) and torchao train like this, with finer
+scales or coarser ones.
 """
 
 from __future__ import annotations
@@ -95,11 +96,39 @@ def to_fp8(x: Tensor, *, backend: Requested = "auto") -> Fp8Matrix:
 
         return Fp8Matrix(*fp8_triton.to_fp8(x))
     exact = x.float()
+    scales = scale_of(exact.abs().amax(dim=1))
+    values = (exact * inverse_of(scales).unsqueeze(1)).clamp(-LARGEST, LARGEST).to(E4M3)
+    return Fp8Matrix(values, scales)
+
+
+def scale_of(bound: Tensor) -> Tensor:
+    """The smallest scales, of the shape of `bound` float32, with which numbers up to those fit; infinity where there is none."""
     # the biased exponent of the smallest power of two that is no less
-    found = ((exact.abs().amax(dim=1) / LARGEST).view(torch.int32) + _MANTISSA) >> 23
-    exponent = found.clamp(*EXPONENTS)
-    values = (exact * _power(254 - exponent).unsqueeze(1)).clamp(-LARGEST, LARGEST).to(E4M3)
-    return Fp8Matrix(values, _power(exponent).masked_fill(found > EXPONENTS[1], math.inf))
+    found = ((bound / LARGEST).view(torch.int32) + _MANTISSA) >> 23
+    return _power(found.clamp(*EXPONENTS)).masked_fill(found > EXPONENTS[1], math.inf)
+
+
+def inverse_of(scales: Tensor) -> Tensor:
+    """One over scales, exactly; over the largest there is where they are infinite."""
+    return _power(254 - (scales.view(torch.int32) >> 23).clamp(*EXPONENTS))
+
+
+def both_ways(x: Tensor, *, by: Tensor, backend: Requested = "auto") -> tuple[Fp8Matrix, Fp8Matrix]:
+    """A matrix in 8 bits, and `transposed` of that by powers of two: for what is multiplied along its rows and its columns.
+
+    Args:
+        x: (rows, columns), as for `to_fp8`.
+        by: (rows,) float32, as for `transposed`.
+        backend: Which implementation; the same to the bit.
+    """
+    if choose(backend, op=OP, device=x.device).name == "triton":
+        from qwha_cli.kernels import fp8_triton
+
+        values, scales, moved, whole = fp8_triton.to_fp8_by(x, by)
+        a = Fp8Matrix(values, scales)
+        return a, Fp8Matrix(*fp8_triton.transposed(values, (moved, whole), padded=_padded(a)))
+    a = to_fp8(x, backend=backend)
+    return a, transposed(a, by=by, backend=backend)
 
 
 def transposed(a: Fp8Matrix, *, by: Tensor | None = None, backend: Requested = "auto") -> Fp8Matrix:
@@ -158,14 +187,13 @@ def _turned(values: Tensor, padded: int) -> Tensor:
     return F.pad(values.view(torch.uint8).T, (0, padded - values.shape[0])).contiguous().view(E4M3)
 
 
-def matmul_fp8(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, *, exact_sums: bool = True) -> Tensor:
+def matmul_fp8(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype) -> Tensor:
     """The product A Bᵀ.
 
     Args:
         a: (m, k), k a multiple of 16.
         b: (n, k), n a multiple of 16.
         dtype: Of the result, bfloat16 on a GPU.
-        exact_sums: Whether a GPU adds up in float32; else in the 14 bits of its tensor cores, which is faster.
 
     Returns:
         (m, n), of dtype.
@@ -181,7 +209,7 @@ def matmul_fp8(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, *, exact_sums: bo
         return ((a.values.float() @ b.values.float().T) * a.scales.unsqueeze(1) * right).to(dtype)
     count, a = len(a.values), filled(a)
     how, left = ScalingType.RowWise, a.scales.unsqueeze(1)
-    found = F.scaled_mm(a.values, b.values.T, left, how, right, how, output_dtype=dtype, use_fast_accum=not exact_sums)
+    found = F.scaled_mm(a.values, b.values.T, left, how, right, how, output_dtype=dtype, use_fast_accum=True)
     return found[:count]
 
 

@@ -11,40 +11,16 @@ that they get from there.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from qwha_cli.kernels.backend import Requested
-from qwha_cli.kernels.fp8 import MULTIPLE, Fp8Matrix, matmul_fp8, to_fp8, transposed, turned
+from qwha_cli.kernels.fp8 import MULTIPLE, Fp8Matrix, both_ways, matmul_fp8, to_fp8, turned
 from qwha_cli.kernels.gradient_chain import is_ours
-from qwha_cli.kernels.shared_wht import version_of
 
-_FORM, _TURNED = "_qwha_fp8", "_qwha_fp8_turned"
-
-
-class Fp8Weight(NamedTuple):
-    """A weight in both forms that the passes read, as tensors, for those who keep it.
-
-    Attributes:
-        values: W (out, in), e4m3.
-        scales: Its rows' (out,).
-        turned: Wᵀ (in, out), e4m3.
-        turned_scales: Its rows' (in,).
-    """
-
-    values: Tensor
-    scales: Tensor
-    turned: Tensor
-    turned_scales: Tensor
-
-
-def fp8_weight(weight: Tensor, *, backend: Requested) -> Fp8Weight:
-    """A dense weight (out, in) in both forms."""
-    forward = to_fp8(weight, backend=backend)
-    backward = transposed(forward, backend=backend)
-    return Fp8Weight(forward.values, forward.scales, backward.values, backward.scales)
+_TURNED = "_qwha_fp8_turned"
 
 
 def fits_fp8(shape: tuple[int, int]) -> bool:
@@ -63,25 +39,9 @@ def suits_fp8(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 or (dtype == torch.float32 and x.device.type != "cuda")
 
 
-def shared_fp8(z: Tensor, *, backend: Requested) -> Fp8Matrix:
-    """The 8-bit form of z (..., in) as a matrix (tokens, in), made once for all that ask for it before z is written to."""
-    version = version_of(z)
-    found = cast("tuple[int, Fp8Matrix] | None", getattr(z, _FORM, None))
-    if found is not None and found[0] == version:
-        return found[1]
-    form = to_fp8(z.detach().reshape(-1, z.shape[-1]), backend=backend)
-    setattr(z, _FORM, (version, form))
-    return form
-
-
-def hand_on_fp8(form: Fp8Matrix, passed: Tensor) -> None:
-    """Let `passed`, the numbers that `form` was made of under another name, be known in that form too."""
-    setattr(passed, _FORM, (version_of(passed), form))
-
-
 def fp8_product(z: Fp8Matrix, weight: Fp8Matrix, bias: Tensor | None, *, dtype: torch.dtype) -> Tensor:
     """Y = z Wᵀ + b (tokens, out), of dtype."""
-    y = matmul_fp8(z, weight, dtype, exact_sums=False)
+    y = matmul_fp8(z, weight, dtype)
     return y if bias is None else y.add_(bias)
 
 
@@ -89,9 +49,8 @@ def fp8_gradients(
     dy: Tensor,
     passed: Tensor | None,
     z: Fp8Matrix,
-    weight: Fp8Matrix | None,
+    turned_weight: Fp8Matrix | None,
     *,
-    is_turned: bool = False,
     dtype: torch.dtype,
     wanted: bool,
     backend: Requested,
@@ -102,8 +61,7 @@ def fp8_gradients(
         dy: (..., out).
         passed: (..., in), what later layers have found for the same z, written over if it is ours alone; None for nothing.
         z: (tokens, in), as in the forward pass.
-        weight: (out, in), likewise, or its transpose; None if no gradient of z is wanted.
-        is_turned: Whether it is the transpose.
+        turned_weight: Wᵀ (in, out); None if no gradient of z is wanted.
         dtype: Of the results.
         wanted: Whether the second is.
         backend: Which implementation rounds and transposes.
@@ -111,17 +69,20 @@ def fp8_gradients(
     Returns:
         dz (..., in) with what was passed added, or None; dF / s (out, in), or None.
     """
-    rows = to_fp8(dy.reshape(-1, dy.shape[-1]), backend=backend)
-    dz = spectrum = None
-    if weight is not None:
-        weight = weight if is_turned else transposed(weight, backend=backend)
-        dz = matmul_fp8(rows, weight, dtype).view(*dy.shape[:-1], -1)
-    if dz is not None and passed is not None:
-        dz = passed.add_(dz) if is_ours(passed) else passed + dz
+    flat = dy.reshape(-1, dy.shape[-1])
+    dz = spectrum = columns = None
     if wanted:
         # a token counts by both: its scale in z goes to its dy
+        rows, columns = both_ways(flat, by=z.scales, backend=backend)
+    else:
+        rows = to_fp8(flat, backend=backend)
+    if turned_weight is not None:
+        dz = matmul_fp8(rows, turned_weight, dtype).view(*dy.shape[:-1], -1)
+        if passed is not None:
+            dz = passed.add_(dz) if is_ours(passed) else passed + dz
+    if columns is not None:
         other = cast("Fp8Matrix | None", getattr(passed, _TURNED, None)) or turned(z, backend=backend)
-        spectrum = matmul_fp8(transposed(rows, by=z.scales, backend=backend), other, dtype)
+        spectrum = matmul_fp8(columns, other, dtype)
         if dz is not None:
             setattr(dz, _TURNED, other)
     return dz, spectrum

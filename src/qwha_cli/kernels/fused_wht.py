@@ -22,7 +22,10 @@ from torch.autograd.function import once_differentiable
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import Choice, Requested, choose
 from qwha_cli.kernels.effective_weight import transform_backend
+from qwha_cli.kernels.fp8 import Fp8Matrix
 from qwha_cli.kernels.hadamard import plan
+from qwha_cli.kernels.shared_fp8 import known_as
+from qwha_cli.kernels.stand_in import nothing
 from qwha_cli.kernels.wht import wht
 from qwha_cli.kernels.wht_tiles import unfit
 
@@ -30,7 +33,14 @@ OP = "fused_wht"
 
 
 def norm_wht(
-    x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype, add: Tensor | None = None, backend: Requested = "auto"
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+    fp8: bool = False,
+    backend: Requested = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The transform of an RMS norm, and the sum that was normed.
 
@@ -40,6 +50,7 @@ def norm_wht(
         eps: ε, added to the mean of squares.
         dtype: Of z.
         add: (..., n), shape and dtype of x, added to x first; None for nothing.
+        fp8: Whether nothing but z's 8-bit form will be read (shared_fp8.py): in Triton z has no other numbers then.
         backend: Which implementation; `auto` takes torch where `choose_fused` says so.
 
     Returns:
@@ -53,21 +64,20 @@ def norm_wht(
         raise KernelError(f"weights {tuple(weight.shape)} for rows {tuple(x.shape)} {x.dtype}, or an unlike add", where=OP)
     weight = weight.detach()
     if choose_fused(backend, size=x.shape[-1], dtype=dtype, device=x.device).name == "triton":
-        wanted = torch.is_grad_enabled() and (x.requires_grad or (add is not None and add.requires_grad))
-        if wanted:
-            z, h = _NormWht.apply(x, add, weight, eps, dtype)  # pyright: ignore[reportGeneralTypeIssues]
-            return z, h
+        if torch.is_grad_enabled() and (x.requires_grad or (add is not None and add.requires_grad)):
+            z, h, *form = _NormWht.apply(x, add, weight, eps, dtype, fp8)  # pyright: ignore[reportGeneralTypeIssues]
+            return (known_as(Fp8Matrix(*form), z) if fp8 else z), h
         from qwha_cli.kernels import fused_wht_triton
 
-        z, h, _ = fused_wht_triton.norm_forward(x, add, weight, eps=eps, dtype=dtype)
-        return z, h
+        found, h, _ = fused_wht_triton.norm_forward(x, add, weight, eps=eps, dtype=dtype, fp8=fp8)
+        return _named(found, x, dtype), h
     h = x if add is None else x + add
     exact = h.to(torch.promote_types(h.dtype, torch.float32))
     normed = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps) * weight.to(exact.dtype)
     return wht(normed.to(dtype), backend=transform_backend(backend)), h
 
 
-def gate_wht(gate: Tensor, up: Tensor, *, dtype: torch.dtype, backend: Requested = "auto") -> Tensor:
+def gate_wht(gate: Tensor, up: Tensor, *, dtype: torch.dtype, fp8: bool = False, backend: Requested = "auto") -> Tensor:
     """The transform of a gated activation, (silu(gate) ⊙ up) H.
 
     In Triton the gradients are written where `gate` and `up` lie, which nobody else reads after the forward pass of a block: a
@@ -77,6 +87,7 @@ def gate_wht(gate: Tensor, up: Tensor, *, dtype: torch.dtype, backend: Requested
         gate: (..., n), floating.
         up: (..., n), shape and dtype of gate.
         dtype: Of the result.
+        fp8: Whether nothing but the result's 8-bit form will be read, as for `norm_wht`.
         backend: Which implementation; `auto` takes torch where `choose_fused` says so.
 
     Returns:
@@ -89,11 +100,11 @@ def gate_wht(gate: Tensor, up: Tensor, *, dtype: torch.dtype, backend: Requested
         raise KernelError(f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}", where=OP)
     if choose_fused(backend, size=gate.shape[-1], dtype=dtype, device=gate.device).name == "triton":
         if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-            result: Tensor = _GateWht.apply(gate, up, dtype)
-            return result
+            z, *form = _GateWht.apply(gate, up, dtype, fp8)  # pyright: ignore[reportGeneralTypeIssues]
+            return known_as(Fp8Matrix(*form), z) if fp8 else z
         from qwha_cli.kernels import fused_wht_triton
 
-        return fused_wht_triton.gate_forward(gate, up, dtype=dtype)
+        return _named(fused_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8), gate, dtype)
     exact = torch.promote_types(gate.dtype, torch.float32)
     product = torch.nn.functional.silu(gate.to(exact)) * up.to(exact)
     return wht(product.to(dtype), backend=transform_backend(backend))
@@ -106,6 +117,19 @@ def choose_fused(requested: Requested, *, size: int, dtype: torch.dtype, device:
         KernelError: `triton` was asked for and this machine, size or dtype does not have it.
     """
     return choose(requested, op=OP, device=device, lacking=lambda: _lacking(size, dtype))
+
+
+def _named(z: Tensor | Fp8Matrix, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A transform of x, or a tensor without numbers that stands for its 8-bit form."""
+    return z if isinstance(z, Tensor) else known_as(z, nothing(x.shape, dtype, x.device))
+
+
+def _outputs(ctx: Any, z: Tensor | Fp8Matrix, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:  # noqa: ANN401
+    """The transform as a function gives it back, or what stands for it; and the tensors of its 8-bit form, if it has that."""
+    if isinstance(z, Tensor):
+        return z, ()
+    ctx.mark_non_differentiable(z.values, z.scales)
+    return nothing(x.shape, dtype, x.device), (z.values, z.scales)
 
 
 def _lacking(size: int, dtype: torch.dtype) -> str | None:
@@ -128,38 +152,41 @@ class _NormWht(torch.autograd.Function):
         weight: Tensor,
         eps: float,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+        fp8: bool,
+    ) -> tuple[Tensor, ...]:
         from qwha_cli.kernels import fused_wht_triton
 
-        z, h, scales = fused_wht_triton.norm_forward(x, add, weight, eps=eps, dtype=dtype)
+        found, h, scales = fused_wht_triton.norm_forward(x, add, weight, eps=eps, dtype=dtype, fp8=fp8)
+        z, form = _outputs(ctx, found, x, dtype)
         ctx.added = add is not None
         # h is often read no further, z not always
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h if ctx.added else x, weight, z, scales)
-        return z, h if ctx.added else x.view_as(x)
+        ctx.save_for_backward(h if ctx.added else x, weight, scales, *(form or (z,)))
+        return z, h if ctx.added else x.view_as(x), *form
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
         from qwha_cli.kernels import fused_wht_triton
 
-        dz, dh = grad_outputs
+        dz, dh = grad_outputs[:2]
         total = dh
         if dz is not None:
-            h, weight, z, scales = ctx.saved_tensors
-            total = fused_wht_triton.norm_backward(dz, z, h, weight, scales, dh)
-        return total, total if ctx.added else None, None, None, None
+            h, weight, scales, *z = ctx.saved_tensors
+            total = fused_wht_triton.norm_backward(dz, Fp8Matrix(*z) if len(z) == 2 else z[0], h, weight, scales, dh)
+        return total, total if ctx.added else None, None, None, None, None
 
 
 class _GateWht(torch.autograd.Function):
     """dgate and dup from dh = dz Hᵀ, σ the logistic function: dh ⊙ up ⊙ σ (1 + gate (1 − σ)) and dh ⊙ gate ⊙ σ."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, gate: Tensor, up: Tensor, dtype: torch.dtype, fp8: bool) -> tuple[Tensor, ...]:  # noqa: ANN401
         from qwha_cli.kernels import fused_wht_triton
 
         ctx.save_for_backward(gate, up)
-        return fused_wht_triton.gate_forward(gate, up, dtype=dtype)
+        z, form = _outputs(ctx, fused_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8), gate, dtype)
+        return z, *form
 
     @staticmethod
     @once_differentiable
@@ -171,4 +198,4 @@ class _GateWht(torch.autograd.Function):
         gate, up = fused_wht_triton.gate_backward(grad_outputs[0], *(tensor.detach() for tensor in saved))
         # a second pass would read gradients as activations: autograd refuses it now
         torch.autograd.graph.increment_version(saved)
-        return gate if ctx.needs_input_grad[0] else None, up if ctx.needs_input_grad[1] else None, None
+        return gate if ctx.needs_input_grad[0] else None, up if ctx.needs_input_grad[1] else None, None, None

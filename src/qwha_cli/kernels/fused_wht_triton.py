@@ -15,42 +15,61 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from qwha_cli.kernels.fp8 import E4M3, Fp8Matrix
+from qwha_cli.kernels.fp8_triton import fitting, scale_of
 from qwha_cli.kernels.wht_tiles import Tiles, fused_tiles_for
-from qwha_cli.kernels.wht_triton import as_operands, frame, inner, matrices, operand_dtype, outer
+from qwha_cli.kernels.wht_triton import along_rows, as_operands, frame, inner, matrices, operand_dtype, outer, over_rows
 
 
 def norm_forward(
-    x: Tensor, add: Tensor | None, weight: Tensor, *, eps: float, dtype: torch.dtype, tiles: Tiles | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z, h as in `fused_wht.norm_wht`, and 1 / rms(h) of every row, float32."""
+    x: Tensor,
+    add: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    fp8: bool = False,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor | Fp8Matrix, Tensor, Tensor]:
+    """z, h as in `fused_wht.norm_wht`, z in 8 bits on wish, and 1 / rms(h) of every row, float32."""
     x = x.contiguous()
     tiles = tiles or fused_tiles_for("norm" if add is None else "norm of a sum", x.shape[-1])
-    z = torch.empty(x.shape, dtype=dtype, device=x.device)
+    z, out, rows = _result(x, dtype, fp8=fp8)
     h = x if add is None else torch.empty_like(x)
     scales = torch.empty(x.numel() // tiles.block, dtype=torch.float32, device=x.device)
-    tensors = (x, x if add is None else add.contiguous(), weight.contiguous(), h, z, scales)
-    _run(_norm_forward, tiles, (*tensors, eps), dtype=dtype, transpose=False, ADD=add is not None)
+    tensors = (x, x if add is None else add.contiguous(), weight.contiguous(), h, out, rows, scales)
+    _run(_norm_forward, tiles, (*tensors, eps), dtype=dtype, transpose=False, ADD=add is not None, FP8=fp8)
     return z, h, scales
 
 
 def norm_backward(
-    dz: Tensor, z: Tensor, h: Tensor, weight: Tensor, scales: Tensor, dh: Tensor | None, *, tiles: Tiles | None = None
+    dz: Tensor,
+    z: Tensor | Fp8Matrix,
+    h: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    dh: Tensor | None,
+    *,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """The gradient of h, of its dtype, with `dh` added, from that of z."""
     h, dz = h.contiguous(), dz.contiguous()
     tiles = tiles or fused_tiles_for("norm, backward", h.shape[-1])
     total = torch.empty_like(h)
-    tensors = (dz, z, h, weight.contiguous(), scales, h if dh is None else dh.contiguous(), total)
-    _run(_norm_backward, tiles, tensors, dtype=z.dtype, transpose=True, MORE=dh is not None)
+    numbers, rows = (z.values, z.scales) if isinstance(z, Fp8Matrix) else (z, scales)
+    tensors = (dz, numbers, rows, h, weight.contiguous(), scales, h if dh is None else dh.contiguous(), total)
+    _run(_norm_backward, tiles, tensors, dtype=dz.dtype, transpose=True, MORE=dh is not None, FP8=isinstance(z, Fp8Matrix))
     return total
 
 
-def gate_forward(gate: Tensor, up: Tensor, *, dtype: torch.dtype, tiles: Tiles | None = None) -> Tensor:
-    """As `fused_wht.gate_wht`."""
+def gate_forward(
+    gate: Tensor, up: Tensor, *, dtype: torch.dtype, fp8: bool = False, tiles: Tiles | None = None
+) -> Tensor | Fp8Matrix:
+    """As `fused_wht.gate_wht`, in 8 bits on wish."""
     gate, up = gate.contiguous(), up.contiguous()
     tiles = tiles or fused_tiles_for("gate", gate.shape[-1])
-    z = torch.empty(gate.shape, dtype=dtype, device=gate.device)
-    _run(_gate_forward, tiles, (gate, up, z), dtype=dtype, transpose=False)
+    z, out, rows = _result(gate, dtype, fp8=fp8)
+    _run(_gate_forward, tiles, (gate, up, out, rows), dtype=dtype, transpose=False, FP8=fp8)
     return z
 
 
@@ -60,6 +79,16 @@ def gate_backward(dz: Tensor, gate: Tensor, up: Tensor, *, tiles: Tiles | None =
     tiles = tiles or fused_tiles_for("gate, backward", gate.shape[-1])
     _run(_gate_backward, tiles, (dz, gate, up), dtype=dz.dtype, transpose=True)
     return gate, up
+
+
+def _result(x: Tensor, dtype: torch.dtype, *, fp8: bool) -> tuple[Tensor | Fp8Matrix, Tensor, Tensor]:
+    """Room for the transform of x (..., n): the result, where its numbers go, and where its scales go, if there are any."""
+    if not fp8:
+        z = torch.empty(x.shape, dtype=dtype, device=x.device)
+        return z, z, z
+    values = torch.empty(x.numel() // x.shape[-1], x.shape[-1], dtype=E4M3, device=x.device)
+    form = Fp8Matrix(values, torch.empty(values.shape[0], dtype=torch.float32, device=x.device))
+    return form, form.values, form.scales
 
 
 def _run(
@@ -87,21 +116,10 @@ def _run(
         )  # fmt: skip
 
 
-@triton.jit
-def _over_rows(sums, CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """Sums over q, (CHUNK · ROWS,) in the order (a, row), summed over a too: (ROWS,)."""
-    return tl.sum(tl.reshape(sums, [CHUNK, ROWS]), axis=0)
-
-
-@triton.jit
-def _along_rows(numbers, CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """One number a row, (ROWS,), for the rows of a tile: (CHUNK · ROWS, 1)."""
-    return tl.reshape(tl.broadcast_to(numbers[None, :], [CHUNK, ROWS]), [CHUNK * ROWS])[:, None]
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _norm_forward(
-    x_ptr, add_ptr, weight_ptr, sum_ptr, out_ptr, scale_ptr, eps, left_ptr, right_ptr, rows, last, ADD: tl.constexpr,
+    x_ptr, add_ptr, weight_ptr, sum_ptr, out_ptr, row_ptr, scale_ptr, eps, left_ptr, right_ptr, rows, last,
+    ADD: tl.constexpr, FP8: tl.constexpr,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
@@ -112,6 +130,7 @@ def _norm_forward(
         start = group * stride
         inside = row < rows - group * ROWS
         squares = tl.zeros([CHUNK * ROWS], tl.float32)
+        weighted = squares
         parts = ()
         for c in tl.static_range(chunks):
             real = a < OUTER - c * CHUNK
@@ -127,23 +146,33 @@ def _norm_forward(
                     tl.store(sum_ptr + place, rounded, mask=mask)
                     tile = rounded.to(tl.float32)
                 squares += tl.sum(tile * tile, axis=1)
-                tiles += (tile * tl.load(weight_ptr + at, mask=real[:, None], other=0.0).to(tl.float32),)
+                tile *= tl.load(weight_ptr + at, mask=real[:, None], other=0.0).to(tl.float32)
+                if FP8:
+                    weighted += tl.sum(tile * tile, axis=1)
+                tiles += (tile,)
             parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
-        scale = tl.rsqrt(_over_rows(squares, CHUNK, ROWS) / block + eps)
+        scale = tl.rsqrt(over_rows(squares, CHUNK, ROWS) / block + eps)
         which = group * ROWS + tl.arange(0, ROWS)
         tl.store(scale_ptr + which, scale, mask=which < rows)
-        factor = _along_rows(scale, CHUNK, ROWS) * last
+        if FP8:
+            row_scale, inverse = scale_of(scale * tl.sqrt(over_rows(weighted, CHUNK, ROWS)))
+            tl.store(row_ptr + which, row_scale, mask=which < rows)
+            scale *= inverse
+        factor = along_rows(scale, CHUNK, ROWS) * last
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             for t in tl.static_range(TILES):
                 result = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * factor
+                if FP8:
+                    result = fitting(result)
                 place = start + (row * block)[:, None] + (c * (CHUNK * TILES * INNER) + t * INNER + column)
                 tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_backward(
-    grad_ptr, z_ptr, h_ptr, weight_ptr, scale_ptr, more_ptr, out_ptr, left_ptr, right_ptr, rows, last, MORE: tl.constexpr,
+    grad_ptr, z_ptr, row_ptr, h_ptr, weight_ptr, scale_ptr, more_ptr, out_ptr, left_ptr, right_ptr, rows, last,
+    MORE: tl.constexpr, FP8: tl.constexpr,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
@@ -167,8 +196,11 @@ def _norm_backward(
             parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
         which = group * ROWS + tl.arange(0, ROWS)
         scale = tl.load(scale_ptr + which, mask=which < rows, other=0.0)
-        back = _along_rows(_over_rows(products, CHUNK, ROWS) * scale * scale / block, CHUNK, ROWS)
-        factor = _along_rows(scale, CHUNK, ROWS) * last
+        product = over_rows(products, CHUNK, ROWS)
+        if FP8:
+            product *= tl.load(row_ptr + which, mask=which < rows, other=0.0)
+        back = along_rows(product * scale * scale / block, CHUNK, ROWS)
+        factor = along_rows(scale, CHUNK, ROWS) * last
         for c in tl.static_range(chunks):
             real = a < OUTER - c * CHUNK
             mask = (inside & real)[:, None]
@@ -185,7 +217,7 @@ def _norm_backward(
 
 @triton.jit(do_not_specialize=["rows"])
 def _gate_forward(
-    gate_ptr, up_ptr, out_ptr, left_ptr, right_ptr, rows, last,
+    gate_ptr, up_ptr, out_ptr, row_ptr, left_ptr, right_ptr, rows, last, FP8: tl.constexpr,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
@@ -196,6 +228,7 @@ def _gate_forward(
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         start = group * stride
         inside = row < rows - group * ROWS
+        squares = tl.zeros([CHUNK * ROWS], tl.float32)
         parts = ()
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
@@ -204,12 +237,23 @@ def _gate_forward(
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
                 gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
                 up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                tiles += (gate * tl.sigmoid(gate) * up,)
+                tile = gate * tl.sigmoid(gate) * up
+                tiles += (tile,)
+                if FP8:
+                    squares += tl.sum(tile * tile, axis=1)
             parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
+        factor = last
+        if FP8:
+            scale, inverse = scale_of(tl.sqrt(over_rows(squares, CHUNK, ROWS)))
+            which = group * ROWS + tl.arange(0, ROWS)
+            tl.store(row_ptr + which, scale, mask=which < rows)
+            factor = along_rows(inverse, CHUNK, ROWS) * last
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             for t in tl.static_range(TILES):
-                result = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * last
+                result = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * factor
+                if FP8:
+                    result = fitting(result)
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
                 tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -8,8 +8,6 @@ hand it on under another name, with itself in the graph, so that it sees the gra
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -17,12 +15,15 @@ from torch import Tensor
 
 from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import Requested
+from qwha_cli.kernels.fp8 import E4M3
+from qwha_cli.kernels.stand_in import mark_stand_in, nothing, stands_in, version_of
 from qwha_cli.kernels.wht import wht
+from qwha_cli.kernels.wht_fp8 import wht_fp8
 
 _ATTRIBUTE = "_qwha_wht"
 
 
-def shared_wht(x: Tensor, *, dtype: torch.dtype | None = None, backend: Requested = "auto") -> Tensor:
+def shared_wht(x: Tensor, *, dtype: torch.dtype | None = None, backend: Requested = "auto", fp8: bool = False) -> Tensor:
     """The transform as `wht` computes it, one tensor for all callers; do not write into it.
 
     A leaf that needs a gradient is transformed anew each time: its result's graph would hold the leaf, and the leaf the result.
@@ -32,23 +33,28 @@ def shared_wht(x: Tensor, *, dtype: torch.dtype | None = None, backend: Requeste
         x: (..., n), floating, any device.
         dtype: What x is converted to first, under autocast for instance; None for its own.
         backend: Which implementation.
+        fp8: Whether the caller reads nothing but the result's 8-bit form (shared_fp8.py).
 
     Returns:
-        (..., n), of that dtype, device of x.
+        (..., n), of that dtype, device of x. For readers of the 8-bit form, it may have no numbers.
 
     Raises:
-        KernelError: As `wht`.
+        KernelError: As `wht`; or x stands for an input that was never written, and no such transform of it is known.
     """
     dtype = dtype or x.dtype
     recorded = torch.is_grad_enabled() and x.requires_grad
+    make = wht_fp8 if fp8 else wht
     if recorded and x.is_leaf:
-        return wht(x.to(dtype), backend=backend)
+        return make(x.to(dtype), backend=backend)
     version = version_of(x)
     found = cast("tuple[int, torch.dtype, Tensor] | None", getattr(x, _ATTRIBUTE, None))
-    if found is not None and found[:2] == (version, dtype) and _serves(found[2], recorded):
+    usable = ((version, dtype), (version, E4M3)) if fp8 else ((version, dtype),)
+    if found is not None and found[:2] in usable and _serves(found[2], recorded):
         return found[2]
-    result = wht(x.to(dtype), backend=backend)
-    setattr(x, _ATTRIBUTE, (version, dtype, result))
+    if stands_in(x):
+        raise KernelError("an input that exists as its transform only was read in another form", where="shared_wht")
+    result = make(x.to(dtype), backend=backend)
+    setattr(x, _ATTRIBUTE, (version, _known_in(result), result))
     return result
 
 
@@ -65,9 +71,9 @@ def hand_on(x: Tensor, result: Tensor, passed: Tensor) -> None:
         setattr(x, _ATTRIBUTE, (*found[:2], passed))
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to; always the same for inference tensors, which count no versions."""
-    return -1 if tensor.is_inference() else tensor._version
+def _known_in(z: Tensor) -> torch.dtype:
+    """In which numbers a transform exists."""
+    return E4M3 if stands_in(z) else z.dtype
 
 
 def _serves(result: Tensor, recorded: bool) -> bool:
@@ -89,7 +95,8 @@ def stand_in(z: Tensor, dtype: torch.dtype) -> Tensor:
         (..., n) of `dtype`; `shared_wht` gives z for it, for z's dtype.
     """
     x: Tensor = _StandIn.apply(z, dtype)
-    setattr(x, _ATTRIBUTE, (version_of(x), z.dtype, z))
+    mark_stand_in(x)
+    setattr(x, _ATTRIBUTE, (version_of(x), _known_in(z), z))
     return x
 
 
@@ -98,14 +105,8 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
-        return _nothing(dtype, z.device).expand(z.shape)
+        return nothing(z.shape, dtype, z.device)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None]:  # noqa: ANN401
         raise KernelError("an input that exists as its transform only was read by something else", where="shared_wht")
-
-
-@lru_cache(maxsize=16)
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.full((), math.nan, dtype=dtype, device=device)

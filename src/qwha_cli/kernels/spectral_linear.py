@@ -13,7 +13,6 @@ tokens, not two. In the Hadamard basis the three products can be of 8-bit number
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -25,11 +24,13 @@ from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.codes import Codes, put_together, taken_apart
 from qwha_cli.kernels.effective_weight import Basis, Transform, build_weight, check_shapes, gather_entries, transform_backend
-from qwha_cli.kernels.fp8 import Fp8Matrix, to_fp8
-from qwha_cli.kernels.fp8_products import Fp8Weight, fp8_gradients, fp8_product, hand_on_fp8, shared_fp8, suits_fp8
+from qwha_cli.kernels.fp8 import Fp8Matrix
+from qwha_cli.kernels.fp8_products import fp8_gradients, fp8_product, suits_fp8
 from qwha_cli.kernels.gradient_chain import is_ours, mark_ours
 from qwha_cli.kernels.places import Places
+from qwha_cli.kernels.shared_fp8 import hand_on_fp8, shared_fp8
 from qwha_cli.kernels.shared_wht import hand_on, shared_wht
+from qwha_cli.kernels.weight_fp8 import Fp8Weight, WeightScales, weight_fp8, weight_scales
 from qwha_cli.kernels.wht import wht
 
 Keep = Literal["memory", "block", "speed"]
@@ -68,7 +69,7 @@ def spectral_linear(
             of being built again there. Meant for checkpointing, which drops it at once in the first forward pass, so that only
             the weights of the block whose turn it is are there.
         fp8: Whether products are of 8-bit numbers where `suits_fp8` says so; or the weight as such, where the caller has it and
-            keeps it, and then they are. Only for basis "hadamard".
+            keeps it. Only for basis "hadamard". Then no dense weight is built or read: each pass writes the form it needs.
 
     Returns:
         (..., out), computed in the autocast dtype where autocast is on for x's device, else in x's dtype.
@@ -85,25 +86,23 @@ def spectral_linear(
         raise KernelError("8-bit products are of transforms", remedy="use basis hadamard")
     dtype = computing_dtype(x)
     bias = bias.to(dtype) if bias is not None else None
+    eight = fp8 is not False and suits_fp8(x, places.shape, dtype)
     with torch.autocast(x.device.type, enabled=False):
-        z = basis_input(x, dtype, basis=basis, backend=backend)
+        z = basis_input(x, dtype, basis=basis, backend=backend, fp8=eight)
         how = _How(places, scale, basis == "hadamard" or transform == "identity", backend, shared=basis == "hadamard")
-        w8: Fp8Matrix | Fp8Weight | None = fp8 if isinstance(fp8, Fp8Weight) else None
-        if weight is None and w8 is None and until_backward and z.requires_grad:
-            with torch.no_grad():
-                weight = how.weight(base, values, dtype)
-        z8 = None
-        if w8 is not None or (fp8 and suits_fp8(z, places.shape, dtype)):
-            z8 = shared_fp8(z, backend=backend)
-            if until_backward and weight is not None:
-                # half as large as a dense one until then
-                w8, weight = to_fp8(weight, backend=backend), None
-        rest = (bias, weight, base, how, z8, w8)
+        wanted = until_backward and z.requires_grad
+        known: Tensor | _Eight | None = weight
+        with torch.no_grad():
+            if eight:
+                known = _Eight(fp8 if isinstance(fp8, Fp8Weight) else how.scales(base, values), shared_fp8(z, backend=backend))
+            elif weight is None and wanted:
+                known = how.weight(base, values, dtype)
+        rest = (bias, known, base, how)
         promise, passed = cast("tuple[Tensor, Tensor | None]", _Gradients.apply(z, values, *rest))
         if passed is not None:
             hand_on(x, z, passed)
-            if z8 is not None:
-                hand_on_fp8(z8, passed)
+            if isinstance(known, _Eight):
+                hand_on_fp8(known.z, passed)
         result: Tensor = _Product.apply(promise, z, values, *rest)
     return result
 
@@ -116,9 +115,12 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def basis_input(x: Tensor, dtype: torch.dtype, *, basis: Basis, backend: Requested = "auto") -> Tensor:
-    """What multiplies a weight in a basis: x or x H (..., in), of `dtype`. Layers with one input share its transform."""
-    return shared_wht(x, dtype=dtype, backend=transform_backend(backend)) if basis == "hadamard" else x.to(dtype)
+def basis_input(x: Tensor, dtype: torch.dtype, *, basis: Basis, backend: Requested = "auto", fp8: bool = False) -> Tensor:
+    """What multiplies a weight in a basis: x or x H (..., in), of `dtype`. Layers with one input share its transform.
+
+    With `fp8` a transform may have no numbers but those of its 8-bit form, see `shared_fp8`.
+    """
+    return shared_wht(x, dtype=dtype, backend=transform_backend(backend), fp8=fp8) if basis == "hadamard" else x.to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +135,21 @@ class _How:
 
     def weight(self, base: Codes | Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
         return build_weight(base, values, self.places, dtype, self.scale, self.plain, self.backend)
+
+    def scales(self, base: Codes | Tensor, values: Tensor) -> WeightScales:
+        return weight_scales(base, values, self.places, scale=self.scale, backend=self.backend)
+
+    def eight(self, base: Codes | Tensor, values: Tensor, scales: WeightScales, *, is_turned: bool) -> Fp8Matrix:
+        how = {"scale": self.scale, "is_turned": is_turned, "backend": self.backend}
+        return weight_fp8(base, values, self.places, scales, **how)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True, eq=False)
+class _Eight:
+    """What a layer whose products are of 8-bit numbers knows before they run: its weight, or that weight's scales; and z."""
+
+    weight: Fp8Weight | WeightScales
+    z: Fp8Matrix
 
 
 class _Gradients(torch.autograd.Function):
@@ -154,20 +171,22 @@ class _Gradients(torch.autograd.Function):
         z: Tensor,
         values: Tensor,
         bias: Tensor | None,
-        weight: Tensor | None,
+        weight: Tensor | _Eight | None,
         base: Codes | Tensor,
         how: _How,
-        z8: Fp8Matrix | None,
-        w8: Fp8Matrix | Fp8Weight | None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.how, ctx.dtype = how, z.dtype
-        again = weight is None and w8 is None and ctx.needs_input_grad[0]
+        ctx.eight = isinstance(weight, _Eight)
+        ctx.kept = isinstance(weight.weight, Fp8Weight) if isinstance(weight, _Eight) else weight is not None
+        again = ctx.needs_input_grad[0] and not ctx.kept
         tensors, ctx.form = taken_apart(base) if again else ((), None)
         # None instead of zeros for a y, or a z that was passed on, that nobody used
         ctx.set_materialize_grads(False)
-        ctx.turned = isinstance(w8, Fp8Weight)
-        other = Fp8Matrix(w8.turned, w8.turned_scales) if isinstance(w8, Fp8Weight) else w8
-        ctx.save_for_backward(values, z if z8 is None else None, weight, *_halves(z8), *_halves(other), *tensors)
+        if isinstance(weight, _Eight):
+            known = weight.weight[2:] if isinstance(weight.weight, Fp8Weight) else tuple(weight.weight)
+            ctx.save_for_backward(values, weight.z.values, weight.z.scales, *known, *tensors)
+        else:
+            ctx.save_for_backward(values, z, weight, *tensors)
         promise = z.new_empty(()).expand(*z.shape[:-1], how.places.shape[0])
         return promise, z.detach() if how.shared and ctx.needs_input_grad[0] else None
 
@@ -180,10 +199,10 @@ class _Gradients(torch.autograd.Function):
         dy, passed = grad_outputs
         if dy is None:
             # what was saved stays untouched: it is gone if only a layer that came later is differentiated a second time
-            return passed, None, None, None, None, None, None, None
+            return passed, None, None, None, None, None
         # a caller may run the backward pass inside autocast too
         with torch.autocast(dy.device.type, enabled=False):
-            return *_gradients(ctx, dy, passed), None, None, None, None, None
+            return *_gradients(ctx, dy, passed), None, None, None
 
 
 class _Product(torch.autograd.Function):
@@ -196,66 +215,83 @@ class _Product(torch.autograd.Function):
         z: Tensor,
         values: Tensor,
         bias: Tensor | None,
-        weight: Tensor | None,
+        weight: Tensor | _Eight | None,
         base: Codes | Tensor,
         how: _How,
-        z8: Fp8Matrix | None,
-        w8: Fp8Matrix | Fp8Weight | None,
     ) -> Tensor:
-        if w8 is None and weight is None:
+        if isinstance(weight, _Eight):
+            known = weight.weight
+            own = Fp8Matrix(*known[:2]) if isinstance(known, Fp8Weight) else how.eight(base, values, known, is_turned=False)
+            return fp8_product(weight.z, own, bias, dtype=z.dtype).view(*z.shape[:-1], -1)
+        if weight is None:
             weight = how.weight(base, values, z.dtype)
-        if z8 is None:
-            return torch.nn.functional.linear(z, cast(Tensor, weight), bias)
-        own = to_fp8(cast(Tensor, weight), backend=how.backend) if w8 is None else Fp8Matrix(w8.values, w8.scales)
-        return fp8_product(z8, own, bias, dtype=z.dtype).view(*z.shape[:-1], -1)
+        return torch.nn.functional.linear(z, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
-        return grad_outputs[0], None, None, None, None, None, None, None, None
+        return grad_outputs[0], None, None, None, None, None, None
 
 
 def _gradients(ctx: Any, dy: Tensor, passed: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # noqa: ANN401
     """Gradients of z, values and bias, each None when not needed; that of z with what came for the z that was passed on."""
-    values, z, weight, *others = ctx.saved_tensors
-    z8, w8, tensors = _whole(others[:2]), _whole(others[2:4]), others[4:]
     how: _How = ctx.how
-    dz = spectrum = dvalues = dbias = None
-    rows = dy.reshape(-1, dy.shape[-1])
-    if ctx.needs_input_grad[0] and weight is None and w8 is None:
-        weight = how.weight(put_together(tensors, ctx.form), values, ctx.dtype)
-    if z8 is not None:
-        if ctx.needs_input_grad[0] and w8 is None:
-            w8 = to_fp8(cast(Tensor, weight), backend=how.backend)
-        weight = None
-        what = {"is_turned": ctx.turned, "dtype": ctx.dtype, "wanted": ctx.needs_input_grad[1]}
-        wanted = w8 if ctx.needs_input_grad[0] else None
-        dz, spectrum = fp8_gradients(dy, passed, z8, wanted, **what, backend=how.backend)
-    elif ctx.needs_input_grad[0]:
-        dz = _added_product(passed, dy, cast(Tensor, weight))
+    # checkpointing hands out what it computed again a single time
+    values, *saved = ctx.saved_tensors
+    dz, spectrum = (_gradients_of_eight if ctx.eight else _dense_gradients)(ctx, dy, passed, values, saved)
     if dz is not None and how.shared:
         mark_ours(dz)
-    # freed before the values' gradient, which is as large
-    del weight, w8
-    if ctx.needs_input_grad[1]:
-        if z8 is None:
-            flat = z.reshape(-1, z.shape[-1])
-            spectrum = _spectrum_gradient(rows, flat, plain=how.plain, backend=transform_backend(how.backend))
-        assert spectrum is not None
+    dvalues = dbias = None
+    if spectrum is not None:
         dvalues = gather_entries(spectrum, how.places, scale=how.scale, backend=how.backend).to(values.dtype)
     if ctx.needs_input_grad[2]:
-        dbias = rows.sum(dim=0)
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
     return dz, dvalues, dbias
 
 
-def _halves(matrix: Fp8Matrix | None) -> tuple[Tensor | None, Tensor | None]:
-    """What autograd can save of an 8-bit matrix: its tensors."""
-    return (None, None) if matrix is None else (matrix.values, matrix.scales)
+def _dense_gradients(
+    ctx: Any,  # noqa: ANN401
+    dy: Tensor,
+    passed: Tensor | None,
+    values: Tensor,
+    saved: list[Any],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of z and dF / s (out, in), each None when not needed. Empties `saved`, the tensors that were."""
+    z, weight, *tensors = saved
+    saved.clear()
+    how: _How = ctx.how
+    dz = spectrum = None
+    if ctx.needs_input_grad[0]:
+        if weight is None:
+            weight = how.weight(put_together(tensors, ctx.form), values, ctx.dtype)
+        dz = _added_product(passed, dy, weight)
+    # freed before the values' gradient, which is as large
+    del weight
+    if ctx.needs_input_grad[1]:
+        rows, flat = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])
+        spectrum = _spectrum_gradient(rows, flat, plain=how.plain, backend=transform_backend(how.backend))
+    return dz, spectrum
 
 
-def _whole(halves: Sequence[Tensor | None]) -> Fp8Matrix | None:
-    values, scales = halves
-    return None if values is None or scales is None else Fp8Matrix(values, scales)
+def _gradients_of_eight(
+    ctx: Any,  # noqa: ANN401
+    dy: Tensor,
+    passed: Tensor | None,
+    values: Tensor,
+    saved: list[Any],
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `_dense_gradients`, by products of 8-bit numbers."""
+    z_values, z_scales, first, second, *tensors = saved
+    how: _How = ctx.how
+    weight = None
+    if ctx.needs_input_grad[0]:
+        # what was kept, turned, or else its scales
+        if ctx.kept:
+            weight = Fp8Matrix(first, second)
+        else:
+            weight = how.eight(put_together(tensors, ctx.form), values, WeightScales(first, second), is_turned=True)
+    what = {"dtype": ctx.dtype, "wanted": ctx.needs_input_grad[1], "backend": how.backend}
+    return fp8_gradients(dy, passed, Fp8Matrix(z_values, z_scales), weight, **what)  # pyright: ignore[reportArgumentType]
 
 
 def _added_product(passed: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwha_cli.kernels.fp8_triton import fitting, scale_of
 from qwha_cli.kernels.hadamard import base_matrix, plan
 from qwha_cli.kernels.wht_tiles import Tiles
 
@@ -28,22 +29,38 @@ def wht(x: Tensor, add: Tensor | None, *, transpose: bool, tiles: Tiles) -> Tens
     """As `wht.wht`, for a size, dtype and device that the kernel takes, cut as `tiles` says."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    if not x.numel():
-        return out
+    _launch(x, add, out, None, transpose=transpose, tiles=tiles)
+    return out
+
+
+def wht_fp8(x: Tensor, *, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """X H as e4m3 (rows, n), where a row is one block, and the rows' scales from their norms; see wht_fp8.py."""
+    x = x.contiguous()
     rows = x.numel() // tiles.block
+    values = torch.empty(rows, tiles.block, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    _launch(x, None, values, scales, transpose=False, tiles=tiles)
+    return values, scales
+
+
+def _launch(x: Tensor, add: Tensor | None, out: Tensor, scales: Tensor | None, *, transpose: bool, tiles: Tiles) -> None:
+    rows = x.numel() // tiles.block
+    if not rows:
+        return
     operand = operand_dtype(x.dtype)
     left, right = matrices(tiles, operand, x.device, transpose)
     # a power of two halfway keeps float16 in range; the others have range enough
     middle = 2.0 ** -((tiles.tiles * tiles.inner).bit_length() // 2) if x.dtype == torch.float16 and tiles.outer > 1 else 1.0
     groups = -(-rows // tiles.rows)
+    tensors = (x, x if add is None else add.contiguous(), out, x if scales is None else scales)
     # x may lie on another device than the current one
     with torch.cuda.device_of(x):
         _transform[(min(groups, tiles.programs or groups),)](
-            x, x if add is None else add.contiguous(), out, left, right, rows, 1 / (math.sqrt(tiles.block) * middle),
+            *tensors, left, right, rows, 1 / (math.sqrt(tiles.block) * middle),
             OUTER=tiles.outer, TILES=tiles.tiles, INNER=tiles.inner, CHUNK=tiles.chunk, ROWS=tiles.rows,
-            DOT=tiles.way == "dot", ADD=add is not None, MIDDLE=middle, num_warps=tiles.warps, num_stages=tiles.stages,
+            DOT=tiles.way == "dot", ADD=add is not None, FP8=scales is not None, MIDDLE=middle,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-    return out
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -143,6 +160,18 @@ def outer(
 
 
 @triton.jit
+def over_rows(sums, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """Sums over q, (CHUNK · ROWS,) in the order (a, row), summed over a too: (ROWS,)."""
+    return tl.sum(tl.reshape(sums, [CHUNK, ROWS]), axis=0)
+
+
+@triton.jit
+def along_rows(numbers, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """One number a row, (ROWS,), for the rows of a tile: (CHUNK · ROWS, 1)."""
+    return tl.reshape(tl.broadcast_to(numbers[None, :], [CHUNK, ROWS]), [CHUNK * ROWS])[:, None]
+
+
+@triton.jit
 def frame(
     left_ptr, right_ptr,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
@@ -163,13 +192,12 @@ def frame(
 # a single row, or sixteen, is no reason to compile again
 @triton.jit(do_not_specialize=["rows"])
 def _transform(
-    x_ptr, add_ptr, out_ptr, left_ptr, right_ptr, rows, last,
+    x_ptr, add_ptr, out_ptr, scale_ptr, left_ptr, right_ptr, rows, last,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    DOT: tl.constexpr, ADD: tl.constexpr, MIDDLE: tl.constexpr,
+    DOT: tl.constexpr, ADD: tl.constexpr, FP8: tl.constexpr, MIDDLE: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
     place = (row * block)[:, None] + column
     # large inputs have more numbers than 32 bits count
@@ -177,19 +205,31 @@ def _transform(
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         start = group * stride
         inside = row < rows - group * ROWS
+        squares = tl.zeros([CHUNK * ROWS], tl.float32)
         parts = ()
         for c in tl.static_range(chunks):
             at = start + c * (CHUNK * TILES * INNER) + place
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             tiles = ()
             for t in tl.static_range(TILES):
-                tiles += (tl.load(x_ptr + at + t * INNER, mask=mask, other=0.0),)
+                tile = tl.load(x_ptr + at + t * INNER, mask=mask, other=0.0)
+                tiles += (tile,)
+                if FP8:
+                    squares += tl.sum(tile.to(tl.float32) * tile.to(tl.float32), axis=1)
             parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, MIDDLE)
+        factor = last
+        if FP8:
+            scale, inverse = scale_of(tl.sqrt(over_rows(squares, CHUNK, ROWS)))
+            which = group * ROWS + tl.arange(0, ROWS)
+            tl.store(scale_ptr + which, scale, mask=which < rows)
+            factor = along_rows(inverse, CHUNK, ROWS) * factor
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             for t in tl.static_range(TILES):
-                result = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * last
+                result = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * factor
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
                 if ADD:
                     result += tl.load(add_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                tl.store(out_ptr + at, result.to(dtype), mask=mask)
+                if FP8:
+                    result = fitting(result)
+                tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=mask)

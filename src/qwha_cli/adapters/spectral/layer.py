@@ -24,18 +24,20 @@ from qwha_cli.adapters.adapted_linear import AdaptedLinear
 from qwha_cli.adapters.base_layer import device_of
 from qwha_cli.adapters.derived import Derived
 from qwha_cli.adapters.spectral.config import Sizes
+from qwha_cli.adapters.spectral.few_tokens import few_tokens
 from qwha_cli.adapters.spectral.places import read_places
 from qwha_cli.adapters.spectral.values import Values, frozen, moved, widen_trained
 from qwha_cli.errors import ArtifactError
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.effective_weight import Transform, effective_weight
 from qwha_cli.kernels.fp8 import E4M3
-from qwha_cli.kernels.fp8_products import Fp8Weight, fp8_weight, suits_fp8
+from qwha_cli.kernels.fp8_products import suits_fp8
 from qwha_cli.kernels.gaps import UNFILLED, encode_gaps
 from qwha_cli.kernels.places import Places
-from qwha_cli.kernels.quant_matmul import quant_matmul, suits
+from qwha_cli.kernels.quant_matmul import suits
 from qwha_cli.kernels.sparse_matmul import SparseRows
 from qwha_cli.kernels.spectral_linear import basis_input, computing_dtype, spectral_linear
+from qwha_cli.kernels.weight_fp8 import Fp8Weight, both_forms
 from qwha_cli.kernels.wht import wht
 
 
@@ -192,12 +194,12 @@ class SpectralLinear(AdaptedLinear):
             # no single form: the base in one basis, an adapter in another
             return self.base_layer(x, *args, **kwargs) + F.linear(x, self._delta(names).to(x.dtype))
         dtype = computing_dtype(x)
-        wanted = torch.is_grad_enabled() and any(self.qwha_values[name].requires_grad for name in names)
-        if self._caching and not self.training and not wanted:
+        if self._finds_weight(names):
             return self._forward_cached(x, names, transform, dtype)
         base = self._base(dtype)
         if isinstance(base, Codes) and suits(x, base, dtype, self.backend):
-            return self._forward_few(x, names, transform, base, dtype)
+            how = {"basis": self.basis, "transform": transform, "bias": self.bias, "dtype": dtype, "backend": self.backend}
+            return few_tokens(x, base, *self._combined(names), **how)  # pyright: ignore[reportArgumentType]
         values, places, scale = self._combined(names)
         kept = self.keep == "speed"
         kept_fp8 = kept and self.fp8 and suits_fp8(x, places.shape, dtype)
@@ -222,6 +224,18 @@ class SpectralLinear(AdaptedLinear):
         names = () if self.merged or self.backend == "torch" else self._in_use()
         return bool(names) and self.basis == "hadamard" and all(self.qwha_transform[name] == "wht" for name in names)
 
+    def reads_fp8(self, x: Tensor) -> bool:
+        """Whether `forward`, of as many tokens as x (..., in) has, reads nothing but the 8-bit form of their shared transform."""
+        dtype = computing_dtype(x)
+        if not (self.fp8 and self.reads_transform() and suits_fp8(x, (self.out_features, self.in_features), dtype)):
+            return False
+        return not (self._finds_weight(self._in_use()) or suits(x, self._base(dtype), dtype, self.backend))
+
+    def _finds_weight(self, names: tuple[str, ...]) -> bool:
+        """Whether `forward` takes the dense weight that `cache_weights` keeps."""
+        wanted = torch.is_grad_enabled() and any(self.qwha_values[name].requires_grad for name in names)
+        return self._caching and not self.training and not wanted
+
     def _kept(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor | Fp8Weight:
         """The weight, dense or in 8 bits, made once for all forward and backward passes until an optimizer moves the values."""
         sources = [self.qwha_values[name] for name in names]
@@ -232,7 +246,8 @@ class SpectralLinear(AdaptedLinear):
     def _made(self, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor | Fp8Weight:
         if dtype != E4M3:
             return self._effective(names, transform, dtype)
-        return fp8_weight(self._effective(names, transform, torch.bfloat16), backend=self.backend)
+        values, places, scale = self._combined(names)
+        return both_forms(self._base(torch.bfloat16), values, places, scale=scale, backend=self.backend)
 
     def renew_kept(self) -> None:
         """Compute the weights that keep="speed" has kept again, where they lie, if values have changed since."""
@@ -245,26 +260,6 @@ class SpectralLinear(AdaptedLinear):
             dtype, kept = cast("tuple[torch.dtype, tuple[str, ...]]", key)
             if kept == names:
                 self._weights.renew(key, sources, partial(self._made, names, transform, dtype))
-
-    def _forward_few(self, x: Tensor, names: tuple[str, ...], transform: Transform, base: Codes, dtype: torch.dtype) -> Tensor:
-        """A few tokens while generating: straight from the codes."""
-        values, places, scale = self._combined(names)
-        with torch.autocast(x.device.type, enabled=False):
-            z = basis_input(x, dtype, basis=self.basis, backend=self.backend).reshape(-1, self.in_features)
-            spectral = z
-            if self.basis == "weight" and transform == "wht":
-                spectral = basis_input(x, dtype, basis="hadamard", backend=self.backend).reshape(-1, self.in_features)
-            y = quant_matmul(
-                z,
-                base,
-                places=places,
-                values=values,
-                scale=scale,
-                sparse_input=spectral,
-                bias=self.bias,
-                backend=self.backend,
-            )
-        return y.view(*x.shape[:-1], self.out_features)
 
     def _forward_cached(self, x: Tensor, names: tuple[str, ...], transform: Transform, dtype: torch.dtype) -> Tensor:
         # the same steps as in spectral_linear, so that the result is the same to the bit
