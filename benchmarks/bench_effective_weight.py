@@ -17,6 +17,7 @@ import itertools
 import json
 import multiprocessing
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from qwha_cli.kernels import dequantize_cut as cut
 from qwha_cli.kernels import dequantize_triton as kernel
+from qwha_cli.kernels import weight_fp8_triton
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize import dequantize
 from qwha_cli.kernels.effective_weight import effective_weight, gather_entries
@@ -113,7 +115,8 @@ class Report:
         return self.alike[moved]
 
 
-Job = tuple[Base | None, tuple[Tensor, Places, float], Tensor, kernel.Form | None]
+Entries = tuple[Tensor, Places, float]
+Job = tuple[Base | None, Entries, Tensor, kernel.Form | None]
 
 
 def room(shape: tuple[int, int], form: str) -> tuple[Tensor, kernel.Form | None]:
@@ -135,14 +138,34 @@ def sets(base: Base | None, values: Tensor, places: Places, moved: int, form: st
     return found
 
 
-def chosen_for(base: Base | None, form: str) -> cut.Config:
+Cut = cut.Config | cut.TableCut
+
+
+def looked_up(base: Base | None, form: str) -> bool:
+    """Whether a weight's numbers are looked up."""
+    return form != "dense" and isinstance(base, Codes) and weight_fp8_triton.in_whole_words(base)
+
+
+def chosen_for(base: Base | None, form: str) -> Cut:
     """What the product takes."""
-    return cut.config_for(base) if form == "dense" else cut.fp8_config_for(base, is_turned=form == "turned")
+    if form == "dense" or base is None:
+        return cut.config_for(base)
+    if looked_up(base, form):
+        return cut.table_cut_for(base, is_turned=form == "turned")  # pyright: ignore
+    return cut.fp8_config_for(base, is_turned=form == "turned")
 
 
-def candidates(form: str) -> tuple[cut.Config, ...]:
+def candidates(base: Base, form: str) -> Sequence[Cut]:
     """What may be taken."""
+    if looked_up(base, form):
+        return cut.TURNED_TABLE_CANDIDATES if form == "turned" else cut.TABLE_CANDIDATES
     return cut.TURNED_CANDIDATES if form == "turned" else cut.CANDIDATES
+
+
+def write(weight: Tensor, base: Base | None, entries: Entries | None, config: Cut, form: kernel.Form | None) -> None:
+    """Launch the kernel that a cut is for."""
+    launch = weight_fp8_triton.launch_table if isinstance(config, cut.TableCut) else kernel.launch
+    launch(weight, base, entries, config, form)  # pyright: ignore
 
 
 def launch_in_torch(weight: Tensor, base: Base, entries: tuple[Tensor, Places, float]) -> Tensor:
@@ -153,19 +176,20 @@ def launch_in_torch(weight: Tensor, base: Base, entries: tuple[Tensor, Places, f
     )
 
 
-def compile_all(jobs: list[tuple[str, str, cut.Config]]) -> None:
+def compile_all(jobs: list[tuple[str, str, Cut]]) -> None:
     """Launch each kind with each cut once, which leaves the kernels in Triton's cache on the disk."""
     entries = random_entries((256, 3072))
     for form, kind, config in jobs:
         weight, how = room((256, 3072), form)
-        kernel.launch(weight, random_base(kind, (256, 3072)), (*entries, 1.0), config, how)
+        write(weight, random_base(kind, (256, 3072)), (*entries, 1.0), config, how)
     torch.cuda.synchronize()
 
 
 def tune(report: Report, workers: int, forms: list[str], kinds: list[str]) -> None:
     """Every cut on every shape and kind."""
     begun = time.perf_counter()
-    jobs = [(form, kind, config) for form in forms for config in candidates(form) for kind in kinds]
+    bases = {kind: random_base(kind, (256, 3072)) for kind in kinds}
+    jobs = [(form, kind, config) for form in forms for kind in kinds for config in candidates(bases[kind], form)]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_all, [jobs[i::workers] for i in range(workers)]))
     print(json.dumps({"compiled": len(jobs), "s": round(time.perf_counter() - begun)}), flush=True)
@@ -177,8 +201,8 @@ def tune(report: Report, workers: int, forms: list[str], kinds: list[str]) -> No
             rotated = sets(base, values, places, moved, form)
             chosen = chosen_for(base, form)
             found: list[dict[str, object]] = []
-            for config in {*candidates(form), chosen}:
-                calls = [partial(kernel.launch, weight, own, entries, config, how) for own, entries, weight, how in rotated]
+            for config in {*candidates(base, form), chosen}:
+                calls = [partial(write, weight, own, entries, config, how) for own, entries, weight, how in rotated]
                 fields = {"shape": shape, "form": form, "kind": kind, "chosen": config == chosen, **asdict(config)}
                 found.append(report.line(graph_us(calls), moved, show=False, **fields))
             found.sort(key=lambda record: float(str(record["us"])))
@@ -200,13 +224,13 @@ def run(report: Report, *, check: bool) -> None:
                 less = 0 if form == "dense" else shape[0] * shape[1]
                 rotated = sets(base, values, places, moved - less, form)
                 config = chosen_for(base, form)
-                calls = [partial(kernel.launch, weight, own, entries, config, how) for own, entries, weight, how in rotated]
+                calls = [partial(write, weight, own, entries, config, how) for own, entries, weight, how in rotated]
                 op = "effective_weight" if form == "dense" else f"effective_weight, 8 bits, {form}"
                 report.line(graph_us(calls), moved - less, op=op, shape=shape, kind=kind)
             rotated = sets(base, values, places, moved)
             config = chosen_for(base, "dense")
             if isinstance(base, Codes):
-                calls = [partial(kernel.launch, weight, own, None, config) for own, _, weight, _ in rotated]
+                calls = [partial(write, weight, own, None, config, None) for own, _, weight, _ in rotated]
                 report.line(graph_us(calls), moved - 6 * len(places), op="dequantize", shape=shape, kind=kind)
             if kind in ("2", "dense"):
                 calls = [

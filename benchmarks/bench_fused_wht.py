@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,13 +26,15 @@ from machine import current_commit
 from timing import copy_bandwidth, graph_us, num_copies
 from torch import Tensor
 
-from qwha_cli.kernels import fused_wht_triton
+from qwha_cli.kernels import fused_wht_triton, wht_triton
+from qwha_cli.kernels.fp8 import E4M3, Fp8Matrix
 from qwha_cli.kernels.wht import wht
 from qwha_cli.kernels.wht_tiles import Tiles, fused_tiles_for
 
 DTYPE = torch.bfloat16
 ROWS = 8192
 # hidden and feed-forward sizes of Llama-3.2-3B, Llama-3.1-8B, Llama-3.2-1B, Qwen2.5-0.5B
+EIGHT = ", 8 bits"
 NORMS, GATES = "3072,4096,2048,896", "8192,14336,4864"
 # Qwen's and Llama-3.1-8B's feed-forward sizes, whose rows are wide or whose base is no power of two
 _MORE = {
@@ -58,29 +60,45 @@ _MORE = {
 }
 # tensors of the rows' size that are read and written
 MOVED = {"norm": 2, "norm of a sum": 4, "norm, backward": 5, "gate": 3, "gate, backward": 5}
+# where the transform is in 8 bits
+MOVED |= {op + EIGHT: MOVED.get(op, 2) - 0.5 for op in ("transform", "norm", "norm of a sum", "norm, backward", "gate")}
 
 
 def candidates(size: int) -> list[Tiles]:
     """The cuts worth measuring."""
-    return _MORE.get(size) or alone(size)
+    found = list(_MORE.get(size) or alone(size))
+    # as many programs as fit at once, where one has more registers than most
+    return found + [replace(tiles, programs=396) for tiles in found if tiles.programs == 528]
+
+
+def _chosen(op: str, size: int) -> Tiles:
+    return fused_tiles_for(op.removesuffix(EIGHT), size, fp8=op.endswith(EIGHT))  # pyright: ignore
 
 
 def _inputs(op: str, size: int) -> tuple[Tensor, ...]:
     generator = torch.Generator("cuda").manual_seed(0)
-    count = {"norm": 1, "norm of a sum": 2, "norm, backward": 4, "gate": 2, "gate, backward": 3}[op]
-    return tuple(torch.randn(ROWS, size, device="cuda", dtype=DTYPE, generator=generator) for _ in range(count))
+    counts = {"transform": 1, "norm": 1, "norm of a sum": 2, "norm, backward": 4, "gate": 2, "gate, backward": 3}
+    count = counts[op.removesuffix(EIGHT)]
+    found = [torch.randn(ROWS, size, device="cuda", dtype=DTYPE, generator=generator) for _ in range(count)]
+    if op == "norm, backward" + EIGHT:
+        found[1] = found[1].to(E4M3)
+    return tuple(found)
 
 
 def fused(op: str, t: tuple[Tensor, ...], weight: Tensor, scales: Tensor, tiles: Tiles | None) -> object:
     """The op in one pass."""
-    match op:
+    fp8 = op.endswith(EIGHT)
+    match op.removesuffix(EIGHT):
+        case "transform":
+            return wht_triton.wht_fp8(t[0], tiles=tiles or fused_tiles_for("transform", t[0].shape[1], fp8=True))
         case "norm" | "norm of a sum":
             add = t[1] if len(t) > 1 else None
-            return fused_wht_triton.norm_forward(t[0], add, weight, eps=1e-5, dtype=DTYPE, tiles=tiles)
+            return fused_wht_triton.norm_forward(t[0], add, weight, eps=1e-5, dtype=DTYPE, fp8=fp8, tiles=tiles)
         case "norm, backward":
-            return fused_wht_triton.norm_backward(t[0], t[1], t[2], weight, scales, t[3], tiles=tiles)
+            z = Fp8Matrix(t[1], scales) if fp8 else t[1]
+            return fused_wht_triton.norm_backward(t[0], z, t[2], weight, scales, t[3], tiles=tiles)
         case "gate":
-            return fused_wht_triton.gate_forward(t[0], t[1], dtype=DTYPE, tiles=tiles)
+            return fused_wht_triton.gate_forward(t[0], t[1], dtype=DTYPE, fp8=fp8, tiles=tiles)
         case _:
             return fused_wht_triton.gate_backward(t[0], t[1], t[2], tiles=tiles)
 
@@ -113,7 +131,7 @@ def apart(op: str, t: tuple[Tensor, ...], weight: Tensor, scales: Tensor) -> obj
 def measure(op: str, size: int, tiles: Tiles | None, *, bandwidth: float, with_apart: bool) -> dict[str, object]:
     """A line."""
     nbytes = MOVED[op] * ROWS * size * DTYPE.itemsize
-    line: dict[str, object] = {"op": op, "size": size, "rows": ROWS, "tiles": asdict(tiles or fused_tiles_for(op, size))}  # pyright: ignore
+    line: dict[str, object] = {"op": op, "size": size, "rows": ROWS, "tiles": asdict(tiles or _chosen(op, size))}  # pyright: ignore
     copies = [_inputs(op, size) for _ in range(num_copies(nbytes))]
     weight, scales = torch.ones(size, device="cuda", dtype=DTYPE), torch.ones(ROWS, device="cuda")
 
@@ -126,7 +144,7 @@ def measure(op: str, size: int, tiles: Tiles | None, *, bandwidth: float, with_a
     except Exception as error:
         line["failed"] = f"{type(error).__name__}: {str(error)[:100]}"
         return line
-    if with_apart:
+    if with_apart and not op.endswith(EIGHT):
         try:
             line["apart_us"] = timed(lambda t: apart(op, t, weight, scales))
         except Exception as error:
@@ -143,7 +161,7 @@ def run(a: argparse.Namespace) -> None:
 
 def tune(a: argparse.Namespace) -> None:
     """Time every candidate, the best of each last."""
-    in_parts(a.workers, __file__, "compile", "--out", os.devnull, "--norms", a.norms, "--gates", a.gates)
+    in_parts(a.workers, __file__, "compile", "--out", os.devnull, "--norms", a.norms, "--gates", a.gates, "--ops", a.ops)
     bandwidth = copy_bandwidth("cuda")
     for op, size in _cases(a):
         lines = [measure(op, size, tiles, bandwidth=bandwidth, with_apart=False) for tiles in candidates(size)]
@@ -152,8 +170,9 @@ def tune(a: argparse.Namespace) -> None:
 
 
 def _cases(a: argparse.Namespace) -> list[tuple[str, int]]:
-    sizes = {"norm": a.norms, "gate": a.gates}
-    return [(op, int(size)) for op in MOVED for size in sizes[op[:4]].split(",") if size]
+    sizes = {"norm": a.norms, "gate": a.gates, "tran": a.norms}
+    ops = [op for op in MOVED if a.ops == "all" or op.endswith(EIGHT) == (a.ops == "8 bits")]
+    return [(op, int(size)) for op in ops for size in sizes[op[:4]].split(",") if size]
 
 
 def compile_candidates(a: argparse.Namespace) -> None:
@@ -184,6 +203,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--norms", default=NORMS, help="sizes of rows that are normed")
     parser.add_argument("--gates", default=GATES, help="sizes of rows that are gated")
+    parser.add_argument(
+        "--ops", choices=("all", "8 bits", "16 bits"), default="all", help="those with so many bits a number")
+    )
     parser.add_argument("--part", help="of compile: I/N, every N-th case from the I-th on, in this process")
     parser.add_argument("--workers", type=int, default=max(1, min(14, os.cpu_count() or 1)), help="processes that compile")
     parser.add_argument("--commit", default=current_commit())

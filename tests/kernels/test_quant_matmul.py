@@ -87,7 +87,8 @@ def as_reference(
             if device != "cpu":
                 assert torch.equal(found, quant_matmul(z.to(device), base, **options, backend="triton"))
             torch_error = (quant_matmul(z.to(device), base, **options, backend="torch").cpu().double() - wanted).abs().max()
-            floor = 1e-6 * wanted.abs().max()
+            # sums in another order, and the rounding of the largest result, which torch may be spared by luck
+            floor = (1e-6 + torch.finfo(dtype).eps / 2) * wanted.abs().max()
             assert (found.cpu().double() - wanted).abs().max() <= 2 * torch_error + floor
             made += 1
     return made

@@ -16,6 +16,13 @@ from support.triton import HAS_TRITON, run_interpreted
 
 LACKING = lacks_fp8(torch.device("cuda")) if torch.cuda.is_available() else "no CUDA device"
 SCALE = 0.75
+# of these numbers are looked up, of most others not
+WHOLE: list[Case] = [
+    (48, 96, "rtn", 3, 16, "integer"),
+    (20, 288, "rtn", 3, 96, "fine"),
+    (68, 192, "rtn", 4, 16, "fine"),
+    (132, 160, "rtn", 2, 32, "integer"),
+]
 
 
 def entries(shape: tuple[int, int], density: float = 0.2) -> tuple[Tensor, Places]:
@@ -41,7 +48,7 @@ def check(base: Codes | Tensor, values: Tensor, places: Places) -> None:
         assert (off <= torch.maximum(whole.abs() / 16, scales.double().expand(whole.shape[0]).unsqueeze(1) * 2.0**-10)).all()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *WHOLE])
 def test_every_number_is_rounded_once_and_none_too_large(case: Case) -> None:
     codes = codes_of(case)
     check(codes, *entries(codes.shape))
@@ -76,7 +83,7 @@ CODE = """
 import torch
 from qwha_cli.kernels.weight_fp8 import both_forms
 from support.codes import CASES, codes_of, random_places
-cases = [codes_of(case) for case in CASES] + [torch.randn(33, 48), torch.randn(20, 320).bfloat16()]
+cases = [codes_of(case) for case in CASES + WHOLE] + [torch.randn(33, 48), torch.randn(20, 320).bfloat16()]
 for base in cases:
     places = random_places(tuple(base.shape))
     values = torch.randn(len(places)) / 4
@@ -92,12 +99,12 @@ for base in cases:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_triton_has_the_same_scales_and_the_same_numbers_but_for_the_interpreters_rounding() -> None:
-    run_interpreted(CODE)
+    run_interpreted(f"WHOLE = {WHOLE}" + CODE)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
-@pytest.mark.parametrize("case", [*CASES, (3072, 3072, "rtn", 2, 64, "integer"), (1024, 3072, "rtn", 3, 64, "fine")])
+@pytest.mark.parametrize("case", [*CASES, *WHOLE, (1024, 3072, "rtn", 2, 64, "integer"), (3072, 896, "rtn", 3, 64, "fine")])
 def test_on_a_gpu_the_numbers_are_those_of_torch(case: Case) -> None:
     codes = codes_of(case, "cuda")
     values, places = entries(codes.shape, 0.05)

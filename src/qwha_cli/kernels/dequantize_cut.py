@@ -28,6 +28,23 @@ class Config:
     stages: int = 1
 
 
+@dataclass(frozen=True)
+class TableCut:
+    """How a weight whose 8-bit numbers are looked up is cut; see weight_fp8_triton.py.
+
+    Args:
+        rows: Rows of a program, a power of two, at least 8.
+        columns: Columns of a tile, a power of two, at least 64.
+        span: Columns of a program, a multiple of `columns`.
+        warps: Of a program.
+    """
+
+    rows: int
+    columns: int
+    span: int
+    warps: int
+
+
 CANDIDATES: tuple[Config, ...] = (
     *(
         Config(rows, columns, span, warps)
@@ -67,8 +84,10 @@ TURNED_CANDIDATES: tuple[Config, ...] = tuple(
 _PACKED = Config()
 _TABLE = Config(rows=4, columns=512, span=1024)
 _DENSE = Config(rows=4, columns=512, span=512)
-_FP8 = Config(rows=8, columns=512, span=512)
-_FP8_TURNED = Config(rows=64, columns=64, span=512)
+_LOOKED_UP = TableCut(rows=8, columns=512, span=512, warps=4)
+_LOOKED_UP_TURNED = TableCut(rows=128, columns=128, span=256, warps=4)
+_FP8 = Config(rows=4, columns=1024, span=1024)
+_FP8_TURNED = Config(rows=32, columns=64, span=256)
 
 
 def config_for(base: Codes | Tensor | None) -> Config:
@@ -77,6 +96,32 @@ def config_for(base: Codes | Tensor | None) -> Config:
         return _DENSE
     # a table look-up takes more registers a number
     return _TABLE if base.layout == "nf4" else _PACKED
+
+
+TABLE_CANDIDATES: tuple[TableCut, ...] = tuple(
+    TableCut(rows, columns, span, warps)
+    for rows in (4, 8, 16)
+    for columns in (512, 1024)
+    for span in (512, 1024)
+    for warps in (2, 4)
+    if columns <= span
+)
+"""Likewise for weights whose 8-bit numbers are looked up."""
+
+TURNED_TABLE_CANDIDATES: tuple[TableCut, ...] = tuple(
+    TableCut(rows, columns, span, warps)
+    for rows in (32, 64, 128, 256)
+    for columns in (64, 128, 256)
+    for span in (128, 256, 512)
+    for warps in (2, 4)
+    if columns <= span
+)
+"""Likewise, turned."""
+
+
+def table_cut_for(base: Codes, *, is_turned: bool) -> TableCut:
+    """The cut of a weight whose numbers are looked up."""
+    return _LOOKED_UP_TURNED if is_turned else _LOOKED_UP
 
 
 def fp8_config_for(base: Codes | Tensor, *, is_turned: bool) -> Config:

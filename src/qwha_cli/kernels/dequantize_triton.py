@@ -75,8 +75,7 @@ def launch(
     if entries is not None:
         values, places, factor = entries
         lists = (values, places.span_starts(span), places.columns, factor)
-        # somewhat more than lie in a row's span on average
-        slots = min(max(triton.next_power_of_2(5 * len(places) // (4 * rows * grid[1]) + 1), 16), 128)
+        slots = slots_for(len(places), rows * grid[1])
     tensors, strides, kind = operands(base, weight)
     _write[grid](
         weight, form.scales, form.same, *tensors, *lists, rows, columns, span, *strides,
@@ -85,6 +84,11 @@ def launch(
         # a fused product and sum would round otherwise than torch
         num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def slots_for(entries: int, spans: int) -> int:
+    """How many entries of a row's span are taken at once: somewhat more than there are on average."""
+    return min(max(triton.next_power_of_2(5 * entries // (4 * spans) + 1), 16), 128)
 
 
 def operands(base: Codes | Tensor | None, filler: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int], dict[str, Any]]:
@@ -100,21 +104,22 @@ def operands(base: Codes | Tensor | None, filler: Tensor) -> tuple[tuple[Tensor,
 
 
 @triton.jit
-def _repeat(x, TIMES: tl.constexpr):
+def repeat(x, TIMES: tl.constexpr):
     """(a, b) to (a, b · TIMES), each column TIMES times."""
     wide = tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], TIMES))
     return tl.reshape(wide, (x.shape[0], x.shape[1] * TIMES))
 
 
 @triton.jit
-def _straddling(low, high, shift):
+def straddling(low, high, shift):
     """Three bits of two neighbouring 32-bit words, from bit `shift` of the first."""
     # in two steps, because a shift by 32 is not defined
     return (low >> shift) | ((high << 1) << (31 - shift))
 
 
 @triton.jit
-def _word(ptr, row, word, stride, mask):
+def word_at(ptr, row, word, stride, mask):
+    """Words of codes, or of zeros."""
     return tl.load(ptr + word * stride + row, mask=mask, other=0).to(tl.uint32, bitcast=True)
 
 
@@ -127,14 +132,14 @@ def _gptq_codes(ptr, row, inside, start, stride, columns, BITS: tl.constexpr, CO
         # eight codes are 24 bits, of one word or two: these change hands, eight at a time
         eight = tl.arange(0, COLUMNS // 8)
         word = (start // 32 * 3 + eight * 3 // 4)[None, :]
-        low = _word(ptr, row, word, stride, inside & (word < words))
-        high = _word(ptr, row, word + 1, stride, inside & (word + 1 < words))
-        found = _repeat(_straddling(low, high, (eight * 24 % 32)[None, :].to(tl.uint32)), 8)
+        low = word_at(ptr, row, word, stride, inside & (word < words))
+        high = word_at(ptr, row, word + 1, stride, inside & (word + 1 < words))
+        found = repeat(straddling(low, high, (eight * 24 % 32)[None, :].to(tl.uint32)), 8)
         found = found >> ((i % 8) * 3)[None, :].to(tl.uint32)
     else:
         per: tl.constexpr = 32 // BITS
         word = (start // per + tl.arange(0, COLUMNS // per))[None, :]
-        found = _repeat(_word(ptr, row, word, stride, inside & (word < words)), per)
+        found = repeat(word_at(ptr, row, word, stride, inside & (word < words)), per)
         found = found >> ((i % per) * BITS)[None, :].to(tl.uint32)
     return found & ((1 << BITS) - 1)
 
@@ -146,9 +151,9 @@ def gptq_grid(scales_ptr, zeros_ptr, row, group, inside, rows, stride, zero_stri
     words = (rows * ZERO_BITS + 31) // 32
     bit = row * ZERO_BITS
     word, shift = bit // 32, (bit % 32).to(tl.uint32)
-    zero = _word(zeros_ptr, word, group, zero_stride, inside)
+    zero = word_at(zeros_ptr, word, group, zero_stride, inside)
     if ZERO_BITS == 3:
-        zero = _straddling(zero, _word(zeros_ptr, word + 1, group, zero_stride, inside & (word + 1 < words)), shift)
+        zero = straddling(zero, word_at(zeros_ptr, word + 1, group, zero_stride, inside & (word + 1 < words)), shift)
     else:
         zero = zero >> shift
     zero = (zero & ((1 << ZERO_BITS) - 1)).to(tl.float32) * (1.0 / (1 << (ZERO_BITS - BITS)))
@@ -177,15 +182,15 @@ def _tile(
             scale, shift = gptq_grid(
                 scales_ptr, zeros_ptr, row, unit // GROUP, in_units, rows, stride, zero_stride, BITS, ZERO_BITS
             )
-            return tl.fma(code.to(tl.float32), _repeat(scale, UNIT), _repeat(shift, UNIT))
+            return tl.fma(code.to(tl.float32), repeat(scale, UNIT), repeat(shift, UNIT))
         else:
             # a row is whole groups, and groups are even: so shifts and halves are known before the kernel runs
             byte_at = start // 2 + tl.arange(0, COLUMNS // 2)[None, :]
             half = columns // 2
             byte = tl.load(base_ptr + row.to(tl.int64) * half + byte_at, mask=inside & (byte_at < half), other=0)
-            code = (_repeat(byte, 2).to(tl.int32) >> (4 - 4 * (tl.arange(0, COLUMNS) % 2))[None, :]) & 15
+            code = (repeat(byte, 2).to(tl.int32) >> (4 - 4 * (tl.arange(0, COLUMNS) % 2))[None, :]) & 15
             scale = tl.load(scales_ptr + row.to(tl.int64) * (columns // GROUP) + unit // GROUP, mask=in_units, other=0.0)
-            return tl.load(zeros_ptr + code) * _repeat(scale, UNIT)
+            return tl.load(zeros_ptr + code) * repeat(scale, UNIT)
 
 
 @triton.jit
@@ -201,10 +206,10 @@ def _at(
         return tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
     elif KIND == "gptq":
         word, shift = column * BITS // 32, (column * BITS % 32).to(tl.uint32)
-        code = _word(base_ptr, row, word, stride, mask)
+        code = word_at(base_ptr, row, word, stride, mask)
         if BITS == 3:
-            more = _word(base_ptr, row, word + 1, stride, mask & (word + 1 < (columns * BITS + 31) // 32))
-            code = _straddling(code, more, shift)
+            more = word_at(base_ptr, row, word + 1, stride, mask & (word + 1 < (columns * BITS + 31) // 32))
+            code = straddling(code, more, shift)
         else:
             code = code >> shift
         code = (code & ((1 << BITS) - 1)).to(tl.float32)
@@ -217,13 +222,38 @@ def _at(
 
 
 @triton.jit
-def _entries(values_ptr, columns_ptr, begin, end, start, factor, SLOTS: tl.constexpr):
+def entries_of(values_ptr, columns_ptr, begin, end, start, factor, SLOTS: tl.constexpr):
     """SLOTS entries of each row from its entry `start` on: which there are, their columns, and their values times the factor."""
     entry = begin + start + tl.arange(0, SLOTS)[None, :]
     mask = entry < end
     column = tl.load(columns_ptr + entry, mask=mask, other=0).to(tl.int32)
     value = tl.load(values_ptr + entry, mask=mask, other=0.0).to(tl.float32) * factor
     return mask, column, value
+
+
+@triton.jit
+def span_of(starts_ptr, row, inside):
+    """Where the entries of rows begin and end in a program's span; the ranges of all rows and spans lie one behind the other."""
+    range_ptr = starts_ptr + row * tl.num_programs(1) + tl.program_id(1)
+    return tl.load(range_ptr, mask=inside, other=0), tl.load(range_ptr + 1, mask=inside, other=0)
+
+
+@triton.jit
+def add_entries(
+    weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, columns_ptr, begin, end, mask, column, value, factor, inverse,
+    row, rows, columns, stride, zero_stride, down, along,
+    KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Overwrite what a program has written at its entries' places; mask, column and value are of the first."""
+    tl.debug_barrier()
+    most = tl.max(end - begin)
+    for start in range(0, most, SLOTS):
+        value += _at(
+            base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns, stride, zero_stride, KIND, BITS, ZERO_BITS, GROUP
+        )
+        entry_ptr = weight_ptr + row.to(tl.int64) * down + column.to(tl.int64) * along
+        tl.store(entry_ptr, (value * inverse).to(weight_ptr.dtype.element_ty), mask=mask)
+        mask, column, value = entries_of(values_ptr, columns_ptr, begin, end, start + SLOTS, factor, SLOTS)
 
 
 @triton.jit
@@ -247,11 +277,8 @@ def _write(
         inverse = inverse_of(whole)
     first = tl.program_id(1) * span
     if SPARSE:
-        # the ranges of all rows and spans lie one behind the other
-        range_ptr = starts_ptr + row * tl.num_programs(1) + tl.program_id(1)
-        begin = tl.load(range_ptr, mask=inside, other=0)
-        end = tl.load(range_ptr + 1, mask=inside, other=0)
-        mask, column, value = _entries(values_ptr, columns_ptr, begin, end, 0, factor, SLOTS)
+        begin, end = span_of(starts_ptr, row, inside)
+        mask, column, value = entries_of(values_ptr, columns_ptr, begin, end, 0, factor, SLOTS)
     for start in tl.range(first, tl.minimum(first + span, columns), COLUMNS, num_stages=STAGES):
         tile = _tile(
             base_ptr, scales_ptr, zeros_ptr, row, inside, start, rows, columns, stride, zero_stride,
@@ -259,24 +286,14 @@ def _write(
         )  # fmt: skip
         at = start + tl.arange(0, COLUMNS)[None, :]
         tile_ptr = weight_ptr + row.to(tl.int64) * down + at.to(tl.int64) * along
-        if FORM != "dense":
-            tile *= inverse
-        tl.store(tile_ptr, tile.to(weight_ptr.dtype.element_ty), mask=inside & (at < columns))
+        tl.store(tile_ptr, (tile * inverse).to(weight_ptr.dtype.element_ty), mask=inside & (at < columns))
         if FORM == "turned":
             # the programs of the first rows do it for all
             column_at = start + tl.arange(0, COLUMNS)
             mine = column_at < tl.where(tl.program_id(0) == 0, columns, 0)
             tl.store(same_ptr + column_at, tl.zeros([COLUMNS], tl.float32) + whole, mask=mine)
     if SPARSE:
-        tl.debug_barrier()
-        most = tl.max(end - begin)
-        for start in range(0, most, SLOTS):
-            value += _at(
-                base_ptr, scales_ptr, zeros_ptr, row, column, mask, rows, columns, stride, zero_stride,
-                KIND, BITS, ZERO_BITS, GROUP,
-            )  # fmt: skip
-            if FORM != "dense":
-                value *= inverse
-            entry_ptr = weight_ptr + row.to(tl.int64) * down + column.to(tl.int64) * along
-            tl.store(entry_ptr, value.to(weight_ptr.dtype.element_ty), mask=mask)
-            mask, column, value = _entries(values_ptr, columns_ptr, begin, end, start + SLOTS, factor, SLOTS)
+        add_entries(
+            weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, columns_ptr, begin, end, mask, column, value, factor,
+            inverse, row, rows, columns, stride, zero_stride, down, along, KIND, BITS, ZERO_BITS, GROUP, SLOTS,
+        )  # fmt: skip

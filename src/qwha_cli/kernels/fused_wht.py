@@ -184,15 +184,18 @@ class _GateWht(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, dtype: torch.dtype, fp8: bool) -> tuple[Tensor, ...]:  # noqa: ANN401
         from qwha_cli.kernels import fused_wht_triton
 
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(gate, up)
         z, form = _outputs(ctx, fused_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8), gate, dtype)
         return z, *form
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
         from qwha_cli.kernels import fused_wht_triton
 
+        if grad_outputs[0] is None:
+            return None, None, None, None
         # once: checkpointing hands out what it computed again a single time
         saved: tuple[Tensor, Tensor] = ctx.saved_tensors
         gate, up = fused_wht_triton.gate_backward(grad_outputs[0], *(tensor.detach() for tensor in saved))

@@ -33,7 +33,7 @@ def norm_forward(
 ) -> tuple[Tensor | Fp8Matrix, Tensor, Tensor]:
     """z, h as in `fused_wht.norm_wht`, z in 8 bits on wish, and 1 / rms(h) of every row, float32."""
     x = x.contiguous()
-    tiles = tiles or fused_tiles_for("norm" if add is None else "norm of a sum", x.shape[-1])
+    tiles = tiles or fused_tiles_for("norm" if add is None else "norm of a sum", x.shape[-1], fp8=fp8)
     z, out, rows = _result(x, dtype, fp8=fp8)
     h = x if add is None else torch.empty_like(x)
     scales = torch.empty(x.numel() // tiles.block, dtype=torch.float32, device=x.device)
@@ -54,7 +54,7 @@ def norm_backward(
 ) -> Tensor:
     """The gradient of h, of its dtype, with `dh` added, from that of z."""
     h, dz = h.contiguous(), dz.contiguous()
-    tiles = tiles or fused_tiles_for("norm, backward", h.shape[-1])
+    tiles = tiles or fused_tiles_for("norm, backward", h.shape[-1], fp8=isinstance(z, Fp8Matrix))
     total = torch.empty_like(h)
     numbers, rows = (z.values, z.scales) if isinstance(z, Fp8Matrix) else (z, scales)
     tensors = (dz, numbers, rows, h, weight.contiguous(), scales, h if dh is None else dh.contiguous(), total)
@@ -67,7 +67,7 @@ def gate_forward(
 ) -> Tensor | Fp8Matrix:
     """As `fused_wht.gate_wht`, in 8 bits on wish."""
     gate, up = gate.contiguous(), up.contiguous()
-    tiles = tiles or fused_tiles_for("gate", gate.shape[-1])
+    tiles = tiles or fused_tiles_for("gate", gate.shape[-1], fp8=fp8)
     z, out, rows = _result(gate, dtype, fp8=fp8)
     _run(_gate_forward, tiles, (gate, up, out, rows), dtype=dtype, transpose=False, FP8=fp8)
     return z

@@ -22,7 +22,7 @@ from qwha_cli.kernels.hadamard import plan
 from qwha_cli.kernels.shared_fp8 import known_as
 from qwha_cli.kernels.stand_in import nothing
 from qwha_cli.kernels.wht import choose_transform, wht
-from qwha_cli.kernels.wht_tiles import tiles_for
+from qwha_cli.kernels.wht_tiles import fused_tiles_for
 
 
 def wht_fp8(x: Tensor, *, backend: Requested = "auto") -> Tensor:
@@ -45,7 +45,7 @@ def wht_fp8(x: Tensor, *, backend: Requested = "auto") -> Tensor:
         return wht(x, backend=backend)
     from qwha_cli.kernels import wht_triton
 
-    form = Fp8Matrix(*wht_triton.wht_fp8(x.detach(), tiles=tiles_for(size)))
+    form = Fp8Matrix(*wht_triton.wht_fp8(x.detach(), tiles=fused_tiles_for("transform", size, fp8=True)))
     if torch.is_grad_enabled() and x.requires_grad:
         promised: Tensor = _Promised.apply(x, backend)
         return known_as(form, promised)

@@ -78,7 +78,7 @@ _MEASURED = {
     18944: Tiles(148, 1, 128, 32, warps=8),
 }
 
-FusedOp = Literal["norm", "norm of a sum", "norm, backward", "gate", "gate, backward"]
+FusedOp = Literal["transform", "norm", "norm of a sum", "norm, backward", "gate", "gate, backward"]
 # what is done in the transform's pass besides: programs read several tensors, or write two (an H200; bench_fused_wht.py tune)
 _MEASURED_FUSED: dict[tuple[FusedOp, int], Tiles] = {
     ("norm", 3072): Tiles(48, 1, 64, 64, programs=528),
@@ -95,6 +95,19 @@ _MEASURED_FUSED: dict[tuple[FusedOp, int], Tiles] = {
     ("gate, backward", 8192): Tiles(32, 4, 64, 32, rows=2),
     ("gate, backward", 9728): Tiles(76, 2, 64, 128),
     ("gate, backward", 14336): Tiles(56, 4, 64, 64),
+}
+# of 8-bit numbers, whose scale takes a sum over the row first
+_MEASURED_FP8: dict[tuple[FusedOp, int], Tiles] = {
+    ("norm", 3072): Tiles(48, 1, 64, 64, programs=528),
+    ("norm", 4096): Tiles(64, 1, 64, 64, programs=528),
+    ("norm of a sum", 3072): Tiles(12, 1, 256, 16, way="exchange"),
+    ("norm of a sum", 4096): Tiles(16, 1, 256, 16, way="exchange"),
+    ("norm, backward", 3072): Tiles(12, 1, 256, 16, way="exchange", rows=2),
+    ("norm, backward", 4096): Tiles(16, 4, 64, 16, rows=2),
+    ("gate", 4864): Tiles(76, 1, 64, 128, warps=8, programs=264),
+    ("gate", 8192): Tiles(64, 2, 64, 64, programs=396),
+    ("gate", 9728): Tiles(76, 2, 64, 128),
+    ("gate", 14336): Tiles(28, 2, 256, 32, way="exchange", warps=16),
 }
 
 
@@ -133,9 +146,10 @@ def tiles_for(size: int) -> Tiles:
     return wide if wide.held <= _LARGEST_WIDE_PROGRAM else _cut(chosen.base, chosen.log2, 32)
 
 
-def fused_tiles_for(op: FusedOp, size: int) -> Tiles:
-    """The cut of a transform that does more in its pass than transform: see fused_wht.py."""
-    return _MEASURED_FUSED.get((op, size)) or tiles_for(size)
+def fused_tiles_for(op: FusedOp, size: int, *, fp8: bool = False) -> Tiles:
+    """The cut of a transform that does more in its pass than transform, or reads or writes 8-bit numbers: see fused_wht.py."""
+    measured = _MEASURED_FP8 if fp8 else _MEASURED_FUSED
+    return measured.get((op, size)) or tiles_for(size)
 
 
 def gate_pays(size: int) -> bool:
