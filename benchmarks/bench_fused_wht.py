@@ -203,9 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--norms", default=NORMS, help="sizes of rows that are normed")
     parser.add_argument("--gates", default=GATES, help="sizes of rows that are gated")
-    parser.add_argument(
-        "--ops", choices=("all", "8 bits", "16 bits"), default="all", help="those with so many bits a number")
-    )
+    parser.add_argument("--ops", choices=("all", "8 bits", "16 bits"), default="all", help="those with so many bits a number")
     parser.add_argument("--part", help="of compile: I/N, every N-th case from the I-th on, in this process")
     parser.add_argument("--workers", type=int, default=max(1, min(14, os.cpu_count() or 1)), help="processes that compile")
     parser.add_argument("--commit", default=current_commit())
