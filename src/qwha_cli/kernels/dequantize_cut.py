@@ -84,8 +84,8 @@ TURNED_CANDIDATES: tuple[Config, ...] = tuple(
 _PACKED = Config()
 _TABLE = Config(rows=4, columns=512, span=1024)
 _DENSE = Config(rows=4, columns=512, span=512)
-_LOOKED_UP = TableCut(rows=8, columns=512, span=512, warps=4)
-_LOOKED_UP_TURNED = TableCut(rows=128, columns=128, span=256, warps=4)
+_LOOKED_UP = TableCut(rows=4, columns=1024, span=1024, warps=2)
+_LOOKED_UP_TURNED = TableCut(rows=64, columns=256, span=256, warps=2)
 _FP8 = Config(rows=4, columns=1024, span=1024)
 _FP8_TURNED = Config(rows=32, columns=64, span=256)
 

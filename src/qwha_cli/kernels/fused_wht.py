@@ -77,17 +77,26 @@ def norm_wht(
     return wht(normed.to(dtype), backend=transform_backend(backend)), h
 
 
-def gate_wht(gate: Tensor, up: Tensor, *, dtype: torch.dtype, fp8: bool = False, backend: Requested = "auto") -> Tensor:
+def gate_wht(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    dtype: torch.dtype,
+    fp8: bool = False,
+    fp8_gradients: bool = False,
+    backend: Requested = "auto",
+) -> Tensor:
     """The transform of a gated activation, (silu(gate) ⊙ up) H.
 
-    In Triton the gradients are written where `gate` and `up` lie, which nobody else reads after the forward pass of a block: a
-    second backward pass over the same graph is refused.
+    In Triton the gradients, unless they are 8-bit numbers, are written where `gate` and `up` lie, which nobody else reads after
+    the forward pass of a block: a second backward pass over the same graph is refused.
 
     Args:
         gate: (..., n), floating.
         up: (..., n), shape and dtype of gate.
         dtype: Of the result.
         fp8: Whether nothing but the result's 8-bit form will be read, as for `norm_wht`.
+        fp8_gradients: Whether nothing but the 8-bit forms of the gradients of `gate` and `up` will be read, likewise.
         backend: Which implementation; `auto` takes torch where `choose_fused` says so.
 
     Returns:
@@ -100,7 +109,7 @@ def gate_wht(gate: Tensor, up: Tensor, *, dtype: torch.dtype, fp8: bool = False,
         raise KernelError(f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}", where=OP)
     if choose_fused(backend, size=gate.shape[-1], dtype=dtype, device=gate.device).name == "triton":
         if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-            z, *form = _GateWht.apply(gate, up, dtype, fp8)  # pyright: ignore[reportGeneralTypeIssues]
+            z, *form = _GateWht.apply(gate, up, dtype, fp8, fp8_gradients)  # pyright: ignore[reportGeneralTypeIssues]
             return known_as(Fp8Matrix(*form), z) if fp8 else z
         from qwha_cli.kernels import fused_wht_triton
 
@@ -181,10 +190,18 @@ class _GateWht(torch.autograd.Function):
     """dgate and dup from dh = dz Hᵀ, σ the logistic function: dh ⊙ up ⊙ σ (1 + gate (1 − σ)) and dh ⊙ gate ⊙ σ."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, dtype: torch.dtype, fp8: bool) -> tuple[Tensor, ...]:  # noqa: ANN401
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        gate: Tensor,
+        up: Tensor,
+        dtype: torch.dtype,
+        fp8: bool,
+        fp8_gradients: bool,
+    ) -> tuple[Tensor, ...]:
         from qwha_cli.kernels import fused_wht_triton
 
         ctx.set_materialize_grads(False)
+        ctx.fp8_gradients = fp8_gradients
         ctx.save_for_backward(gate, up)
         z, form = _outputs(ctx, fused_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8), gate, dtype)
         return z, *form
@@ -195,10 +212,15 @@ class _GateWht(torch.autograd.Function):
         from qwha_cli.kernels import fused_wht_triton
 
         if grad_outputs[0] is None:
-            return None, None, None, None
+            return None, None, None, None, None
         # once: checkpointing hands out what it computed again a single time
         saved: tuple[Tensor, Tensor] = ctx.saved_tensors
-        gate, up = fused_wht_triton.gate_backward(grad_outputs[0], *(tensor.detach() for tensor in saved))
-        # a second pass would read gradients as activations: autograd refuses it now
-        torch.autograd.graph.increment_version(saved)
-        return gate if ctx.needs_input_grad[0] else None, up if ctx.needs_input_grad[1] else None, None, None
+        gate, up = (tensor.detach() for tensor in saved)
+        if ctx.fp8_gradients:
+            forms = fused_wht_triton.gate_backward_fp8(grad_outputs[0], gate, up)
+            gate, up = (known_as(form, nothing(gate.shape, gate.dtype, gate.device)) for form in forms)
+        else:
+            gate, up = fused_wht_triton.gate_backward(grad_outputs[0], gate, up)
+            # a second pass would read gradients as activations: autograd refuses it now
+            torch.autograd.graph.increment_version(saved)
+        return gate if ctx.needs_input_grad[0] else None, up if ctx.needs_input_grad[1] else None, None, None, None

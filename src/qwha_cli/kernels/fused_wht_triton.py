@@ -18,7 +18,17 @@ from triton.runtime import JITFunction
 from qwha_cli.kernels.fp8 import E4M3, Fp8Matrix
 from qwha_cli.kernels.fp8_triton import fitting, scale_of
 from qwha_cli.kernels.wht_tiles import Tiles, fused_tiles_for
-from qwha_cli.kernels.wht_triton import along_rows, as_operands, frame, inner, matrices, operand_dtype, outer, over_rows
+from qwha_cli.kernels.wht_triton import (
+    along_rows,
+    as_operands,
+    frame,
+    inner,
+    largest_of_rows,
+    matrices,
+    operand_dtype,
+    outer,
+    over_rows,
+)
 
 
 def norm_forward(
@@ -77,8 +87,19 @@ def gate_backward(dz: Tensor, gate: Tensor, up: Tensor, *, tiles: Tiles | None =
     """The gradients of both inputs, where contiguous ones lay."""
     gate, up, dz = gate.contiguous(), up.contiguous(), dz.contiguous()
     tiles = tiles or fused_tiles_for("gate, backward", gate.shape[-1])
-    _run(_gate_backward, tiles, (dz, gate, up), dtype=dz.dtype, transpose=True)
+    _run(_gate_backward, tiles, (dz, gate, up, gate, up, gate, up), dtype=dz.dtype, transpose=True, FP8=False)
     return gate, up
+
+
+def gate_backward_fp8(dz: Tensor, gate: Tensor, up: Tensor, *, tiles: Tiles | None = None) -> tuple[Fp8Matrix, Fp8Matrix]:
+    """The gradients of both inputs as 8-bit numbers, every row with a scale of its own."""
+    gate, up, dz = gate.contiguous(), up.contiguous(), dz.contiguous()
+    tiles = tiles or fused_tiles_for("gate, backward", gate.shape[-1], fp8=True)
+    (dgate, *one), (dup, *two) = (_result(x, dz.dtype, fp8=True) for x in (gate, up))
+    _run(_gate_backward, tiles, (dz, gate, up, one[0], two[0], one[1], two[1]), dtype=dz.dtype, transpose=True, FP8=True)
+    assert isinstance(dgate, Fp8Matrix)
+    assert isinstance(dup, Fp8Matrix)
+    return dgate, dup
 
 
 def _result(x: Tensor, dtype: torch.dtype, *, fp8: bool) -> tuple[Tensor | Fp8Matrix, Tensor, Tensor]:
@@ -258,14 +279,27 @@ def _gate_forward(
                 tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _gate_gradients(
+    parts, left, left_ptr, corner, gate_ptr, up_ptr, at, mask, last, c: tl.constexpr, t: tl.constexpr,
+    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradients of gate and up, float32."""
+    grad = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * last
+    gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    return grad * up * share * (1 + gate * (1 - share)), grad * gate * share
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _gate_backward(
-    grad_ptr, gate_ptr, up_ptr, left_ptr, right_ptr, rows, last,
+    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, gate_row_ptr, up_row_ptr, left_ptr, right_ptr, rows, last, FP8: tl.constexpr,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
-    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    dtype: tl.constexpr = dgate_ptr.dtype.element_ty
     a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
     place = (row * block)[:, None] + column
     stride = tl.full((), ROWS * block, tl.int64)
@@ -280,13 +314,37 @@ def _gate_backward(
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
                 tiles += (tl.load(grad_ptr + at, mask=mask, other=0.0),)
             parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
+        gate_factor, up_factor = 1.0, 1.0
+        piece = left
+        if FP8:
+            # a row's scale is known when all of it is: so it is computed once for that, and once more to be written
+            most_gate = tl.zeros([CHUNK * ROWS], tl.float32)
+            most_up = most_gate
+            for c in tl.static_range(chunks):
+                mask = (inside & (a < OUTER - c * CHUNK))[:, None]
+                for t in tl.static_range(TILES):
+                    at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
+                    dgate, dup = _gate_gradients(
+                        parts, left, left_ptr, corner, gate_ptr, up_ptr, at, mask, last, c, t, OUTER, TILES, INNER, CHUNK, ROWS
+                    )
+                    most_gate = tl.maximum(most_gate, tl.max(tl.abs(dgate), axis=1))
+                    most_up = tl.maximum(most_up, tl.max(tl.abs(dup), axis=1))
+            gate_scale, gate_inverse = scale_of(largest_of_rows(most_gate, CHUNK, ROWS))
+            up_scale, up_inverse = scale_of(largest_of_rows(most_up, CHUNK, ROWS))
+            which = group * ROWS + tl.arange(0, ROWS)
+            tl.store(gate_row_ptr + which, gate_scale, mask=which < rows)
+            tl.store(up_row_ptr + which, up_scale, mask=which < rows)
+            gate_factor, up_factor = along_rows(gate_inverse, CHUNK, ROWS), along_rows(up_inverse, CHUNK, ROWS)
+            # read anew: the compiler would keep all results of the first time, for which there are no registers
+            piece = tl.load(left_ptr + corner)
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             for t in tl.static_range(TILES):
-                grad = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * last
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
-                gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                share = tl.sigmoid(gate)
-                tl.store(up_ptr + at, (grad * gate * share).to(dtype), mask=mask)
-                tl.store(gate_ptr + at, (grad * up * share * (1 + gate * (1 - share))).to(dtype), mask=mask)
+                dgate, dup = _gate_gradients(
+                    parts, piece, left_ptr, corner, gate_ptr, up_ptr, at, mask, last, c, t, OUTER, TILES, INNER, CHUNK, ROWS
+                )
+                if FP8:
+                    dgate, dup = fitting(dgate * gate_factor), fitting(dup * up_factor)
+                tl.store(dup_ptr + at, dup.to(dtype), mask=mask)
+                tl.store(dgate_ptr + at, dgate.to(dtype), mask=mask)

@@ -40,8 +40,8 @@ _ROWS = 8
 _WIDTH = 128
 # codes that are picked from one number of 32 bits, or 24
 _TOGETHER = {2: 16, 3: 8, 4: 8}
-# as the other kernels cut rows, whose lists of entries are there already
-_ENTRY_ROWS, _ENTRY_SPAN = 8, 512
+# as the other form cuts rows: its lists of entries serve both
+_ENTRY_ROWS, _ENTRY_SPAN = 4, 1024
 
 
 def weight_scales(base: Codes | Tensor, values: Tensor, places: Places, *, scale: float) -> tuple[Tensor, Tensor]:

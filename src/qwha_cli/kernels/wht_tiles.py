@@ -96,18 +96,23 @@ _MEASURED_FUSED: dict[tuple[FusedOp, int], Tiles] = {
     ("gate, backward", 9728): Tiles(76, 2, 64, 128),
     ("gate, backward", 14336): Tiles(56, 4, 64, 64),
 }
-# of 8-bit numbers, whose scale takes a sum over the row first
+# of 8-bit numbers, whose scale takes a sum over the row first (an H100; bench_fused_wht.py tune --ops "8 bits")
 _MEASURED_FP8: dict[tuple[FusedOp, int], Tiles] = {
-    ("norm", 3072): Tiles(48, 1, 64, 64, programs=528),
-    ("norm", 4096): Tiles(64, 1, 64, 64, programs=528),
+    ("transform", 4096): Tiles(64, 1, 64, 64, rows=2, programs=528, stages=2),
+    ("norm", 3072): Tiles(12, 1, 256, 16, way="exchange", rows=2),
+    ("norm", 4096): Tiles(16, 1, 256, 16, way="exchange"),
     ("norm of a sum", 3072): Tiles(12, 1, 256, 16, way="exchange"),
     ("norm of a sum", 4096): Tiles(16, 1, 256, 16, way="exchange"),
     ("norm, backward", 3072): Tiles(12, 1, 256, 16, way="exchange", rows=2),
-    ("norm, backward", 4096): Tiles(16, 4, 64, 16, rows=2),
-    ("gate", 4864): Tiles(76, 1, 64, 128, warps=8, programs=264),
-    ("gate", 8192): Tiles(64, 2, 64, 64, programs=396),
+    ("norm, backward", 4096): Tiles(16, 1, 256, 16, way="exchange", rows=2),
+    ("gate", 4864): Tiles(76, 1, 64, 128, rows=2),
+    ("gate", 8192): Tiles(32, 1, 256, 32, way="exchange", warps=8),
     ("gate", 9728): Tiles(76, 2, 64, 128),
     ("gate", 14336): Tiles(28, 2, 256, 32, way="exchange", warps=16),
+    ("gate, backward", 4864): Tiles(76, 1, 64, 128, warps=8),
+    ("gate, backward", 8192): Tiles(32, 4, 64, 32, warps=8),
+    ("gate, backward", 9728): Tiles(76, 2, 64, 128, warps=8),
+    ("gate, backward", 14336): Tiles(28, 2, 256, 32, way="exchange", warps=16),
 }
 
 
