@@ -26,7 +26,7 @@ from machine import current_commit
 from timing import copy_bandwidth, graph_us, num_copies
 from torch import Tensor
 
-from qwha_cli.kernels import fused_wht_triton, wht_triton
+from qwha_cli.kernels import fused_wht_triton, gate_wht_triton, wht_triton
 from qwha_cli.kernels.fp8 import E4M3, Fp8Matrix
 from qwha_cli.kernels.wht import wht
 from qwha_cli.kernels.wht_tiles import Tiles, fused_tiles_for
@@ -97,13 +97,13 @@ def fused(op: str, t: tuple[Tensor, ...], weight: Tensor, scales: Tensor, tiles:
             return fused_wht_triton.norm_forward(t[0], add, weight, eps=1e-5, dtype=DTYPE, fp8=fp8, tiles=tiles)
         case "norm, backward":
             z = Fp8Matrix(t[1], scales) if fp8 else t[1]
-            return fused_wht_triton.norm_backward(t[0], z, t[2], weight, scales, t[3], tiles=tiles)
+            return fused_wht_triton.norm_backward(t[:1], z, t[2], weight, scales, t[3], tiles=tiles)
         case "gate":
-            return fused_wht_triton.gate_forward(t[0], t[1], dtype=DTYPE, fp8=fp8, tiles=tiles)
+            return gate_wht_triton.gate_forward(t[0], t[1], dtype=DTYPE, fp8=fp8, tiles=tiles)
         case _ if fp8:
-            return fused_wht_triton.gate_backward_fp8(t[0], t[1], t[2], tiles=tiles)
+            return gate_wht_triton.gate_backward_fp8(t[0], t[1], t[2], (scales, scales), tiles=tiles)
         case _:
-            return fused_wht_triton.gate_backward(t[0], t[1], t[2], tiles=tiles)
+            return gate_wht_triton.gate_backward(t[0], t[1], t[2], tiles=tiles)
 
 
 def apart(op: str, t: tuple[Tensor, ...], weight: Tensor, scales: Tensor) -> object:

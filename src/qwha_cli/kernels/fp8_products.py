@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwha_cli.kernels.backend import Requested
 from qwha_cli.kernels.fp8 import MULTIPLE, Fp8Matrix, both_ways, matmul_fp8, to_fp8, transposed, turned
-from qwha_cli.kernels.gradient_chain import is_ours
+from qwha_cli.kernels.gradient_chain import in_parts, is_ours, parts_of
 from qwha_cli.kernels.shared_fp8 import noted_fp8
 
 _TURNED = "_qwha_fp8_turned"
@@ -54,6 +54,7 @@ def fp8_gradients(
     *,
     dtype: torch.dtype,
     wanted: bool,
+    apart: bool = False,
     backend: Requested,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of z and of the matrix that F is in.
@@ -65,6 +66,7 @@ def fp8_gradients(
         turned_weight: Wᵀ (in, out); None if no gradient of z is wanted.
         dtype: Of the results.
         wanted: Whether the second is.
+        apart: Whether dz and what was passed are handed on in parts, see gradient_chain.py.
         backend: Which implementation rounds and transposes.
 
     Returns:
@@ -82,10 +84,14 @@ def fp8_gradients(
     if turned_weight is not None:
         dz = matmul_fp8(rows, turned_weight, dtype).view(*dy.shape[:-1], -1)
         if passed is not None:
-            dz = passed.add_(dz) if is_ours(passed) else passed + dz
+            dz = in_parts((*parts_of(passed), dz)) if apart else _sum(passed, dz)
     if columns is not None:
         other = cast("Fp8Matrix | None", getattr(passed, _TURNED, None)) or turned(z, backend=backend)
         spectrum = matmul_fp8(columns, other, dtype)
         if dz is not None:
             setattr(dz, _TURNED, other)
     return dz, spectrum
+
+
+def _sum(passed: Tensor, dz: Tensor) -> Tensor:
+    return passed.add_(dz) if is_ours(passed) else passed + dz

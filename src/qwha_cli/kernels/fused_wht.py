@@ -23,6 +23,7 @@ from qwha_cli.errors import KernelError
 from qwha_cli.kernels.backend import Choice, Requested, choose
 from qwha_cli.kernels.effective_weight import transform_backend
 from qwha_cli.kernels.fp8 import Fp8Matrix
+from qwha_cli.kernels.gradient_chain import mark_takes_parts, parts_of
 from qwha_cli.kernels.hadamard import plan
 from qwha_cli.kernels.shared_fp8 import known_as
 from qwha_cli.kernels.stand_in import nothing
@@ -66,7 +67,9 @@ def norm_wht(
     if choose_fused(backend, size=x.shape[-1], dtype=dtype, device=x.device).name == "triton":
         if torch.is_grad_enabled() and (x.requires_grad or (add is not None and add.requires_grad)):
             z, h, *form = _NormWht.apply(x, add, weight, eps, dtype, fp8)  # pyright: ignore[reportGeneralTypeIssues]
-            return (known_as(Fp8Matrix(*form), z) if fp8 else z), h
+            if fp8:
+                mark_takes_parts(known_as(Fp8Matrix(*form), z))
+            return z, h
         from qwha_cli.kernels import fused_wht_triton
 
         found, h, _ = fused_wht_triton.norm_forward(x, add, weight, eps=eps, dtype=dtype, fp8=fp8)
@@ -83,7 +86,6 @@ def gate_wht(
     *,
     dtype: torch.dtype,
     fp8: bool = False,
-    fp8_gradients: bool = False,
     backend: Requested = "auto",
 ) -> Tensor:
     """The transform of a gated activation, (silu(gate) ⊙ up) H.
@@ -95,8 +97,7 @@ def gate_wht(
         gate: (..., n), floating.
         up: (..., n), shape and dtype of gate.
         dtype: Of the result.
-        fp8: Whether nothing but the result's 8-bit form will be read, as for `norm_wht`.
-        fp8_gradients: Whether nothing but the 8-bit forms of the gradients of `gate` and `up` will be read, likewise.
+        fp8: Whether nothing but the result's 8-bit form will be read, as for `norm_wht`, nor of the gradients of `gate` and `up`.
         backend: Which implementation; `auto` takes torch where `choose_fused` says so.
 
     Returns:
@@ -109,11 +110,11 @@ def gate_wht(
         raise KernelError(f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}", where=OP)
     if choose_fused(backend, size=gate.shape[-1], dtype=dtype, device=gate.device).name == "triton":
         if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-            z, *form = _GateWht.apply(gate, up, dtype, fp8, fp8_gradients)  # pyright: ignore[reportGeneralTypeIssues]
+            z, *form = _GateWht.apply(gate, up, dtype, fp8)  # pyright: ignore[reportGeneralTypeIssues]
             return known_as(Fp8Matrix(*form), z) if fp8 else z
-        from qwha_cli.kernels import fused_wht_triton
+        from qwha_cli.kernels import gate_wht_triton
 
-        return _named(fused_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8), gate, dtype)
+        return _named(gate_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8)[0], gate, dtype)
     exact = torch.promote_types(gate.dtype, torch.float32)
     product = torch.nn.functional.silu(gate.to(exact)) * up.to(exact)
     return wht(product.to(dtype), backend=transform_backend(backend))
@@ -182,45 +183,43 @@ class _NormWht(torch.autograd.Function):
         total = dh
         if dz is not None:
             h, weight, scales, *z = ctx.saved_tensors
-            total = fused_wht_triton.norm_backward(dz, Fp8Matrix(*z) if len(z) == 2 else z[0], h, weight, scales, dh)
+            z = Fp8Matrix(*z) if len(z) == 2 else z[0]
+            total = fused_wht_triton.norm_backward(parts_of(dz), z, h, weight, scales, dh)
         return total, total if ctx.added else None, None, None, None, None
 
 
 class _GateWht(torch.autograd.Function):
-    """dgate and dup from dh = dz Hᵀ, σ the logistic function: dh ⊙ up ⊙ σ (1 + gate (1 − σ)) and dh ⊙ gate ⊙ σ."""
+    """dgate and dup from dh = dz Hᵀ, σ the logistic function: dh ⊙ up ⊙ σ (1 + gate (1 − σ)) and dh ⊙ gate ⊙ σ.
+
+    As 8-bit numbers they are written before the largest of a row is known, with scales from max |dh| times 1.1 max |up|, silu's
+    derivative being at most 1.0999, and times max |silu(gate)|: the forward pass finds these two.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        gate: Tensor,
-        up: Tensor,
-        dtype: torch.dtype,
-        fp8: bool,
-        fp8_gradients: bool,
-    ) -> tuple[Tensor, ...]:
-        from qwha_cli.kernels import fused_wht_triton
+    def forward(ctx: Any, gate: Tensor, up: Tensor, dtype: torch.dtype, fp8: bool) -> tuple[Tensor, ...]:  # noqa: ANN401
+        from qwha_cli.kernels import gate_wht_triton
 
+        found, most = gate_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8)
         ctx.set_materialize_grads(False)
-        ctx.fp8_gradients = fp8_gradients
-        ctx.save_for_backward(gate, up)
-        z, form = _outputs(ctx, fused_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8), gate, dtype)
+        ctx.save_for_backward(gate, up, *(most or ()))
+        z, form = _outputs(ctx, found, gate, dtype)
         return z, *form
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401  # pyright: ignore
-        from qwha_cli.kernels import fused_wht_triton
+        from qwha_cli.kernels import gate_wht_triton
 
         if grad_outputs[0] is None:
-            return None, None, None, None, None
+            return None, None, None, None
         # once: checkpointing hands out what it computed again a single time
-        saved: tuple[Tensor, Tensor] = ctx.saved_tensors
-        gate, up = (tensor.detach() for tensor in saved)
-        if ctx.fp8_gradients:
-            forms = fused_wht_triton.gate_backward_fp8(grad_outputs[0], gate, up)
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        gate, up, *most = (tensor.detach() for tensor in saved)
+        if most:
+            forms = gate_wht_triton.gate_backward_fp8(grad_outputs[0], gate, up, (most[0], most[1]))
             gate, up = (known_as(form, nothing(gate.shape, gate.dtype, gate.device)) for form in forms)
         else:
-            gate, up = fused_wht_triton.gate_backward(grad_outputs[0], gate, up)
+            gate, up = gate_wht_triton.gate_backward(grad_outputs[0], gate, up)
             # a second pass would read gradients as activations: autograd refuses it now
             torch.autograd.graph.increment_version(saved)
-        return gate if ctx.needs_input_grad[0] else None, up if ctx.needs_input_grad[1] else None, None, None, None
+        return gate if ctx.needs_input_grad[0] else None, up if ctx.needs_input_grad[1] else None, None, None

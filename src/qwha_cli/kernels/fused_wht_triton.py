@@ -1,4 +1,4 @@
-"""Norms and gated activations in the transform's own pass, in Triton; see fused_wht.py and wht_triton.py.
+"""Norms in the transform's own pass, in Triton, and how such kernels are launched; see fused_wht.py and wht_triton.py.
 
 A program's tiles are those of the transform. A row's sums are taken while its tiles are read, over q in a tile, then over a; what
 is constant along a row, the norm, is multiplied after the transform, which is linear.
@@ -7,6 +7,7 @@ is constant along a row, the norm, is multiplied after the transform, which is l
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -23,12 +24,14 @@ from qwha_cli.kernels.wht_triton import (
     as_operands,
     frame,
     inner,
-    largest_of_rows,
     matrices,
     operand_dtype,
     outer,
     over_rows,
 )
+
+# of a gradient that are added as they are read: those of queries, keys and values
+_MOST_PARTS = 3
 
 
 def norm_forward(
@@ -44,16 +47,16 @@ def norm_forward(
     """z, h as in `fused_wht.norm_wht`, z in 8 bits on wish, and 1 / rms(h) of every row, float32."""
     x = x.contiguous()
     tiles = tiles or fused_tiles_for("norm" if add is None else "norm of a sum", x.shape[-1], fp8=fp8)
-    z, out, rows = _result(x, dtype, fp8=fp8)
+    z, out, rows = room(x, dtype, fp8=fp8)
     h = x if add is None else torch.empty_like(x)
     scales = torch.empty(x.numel() // tiles.block, dtype=torch.float32, device=x.device)
     tensors = (x, x if add is None else add.contiguous(), weight.contiguous(), h, out, rows, scales)
-    _run(_norm_forward, tiles, (*tensors, eps), dtype=dtype, transpose=False, ADD=add is not None, FP8=fp8)
+    run(_norm_forward, tiles, (*tensors, eps), dtype=dtype, transpose=False, ADD=add is not None, FP8=fp8)
     return z, h, scales
 
 
 def norm_backward(
-    dz: Tensor,
+    parts: Sequence[Tensor],
     z: Tensor | Fp8Matrix,
     h: Tensor,
     weight: Tensor,
@@ -62,47 +65,21 @@ def norm_backward(
     *,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """The gradient of h, of its dtype, with `dh` added, from that of z."""
-    h, dz = h.contiguous(), dz.contiguous()
+    """The gradient of h, of its dtype, with `dh` added, from that of z, which is the sum of `parts`."""
+    h, dz = h.contiguous(), [part.contiguous() for part in parts]
+    if len(dz) > _MOST_PARTS:
+        dz[_MOST_PARTS - 1 :] = [sum(dz[_MOST_PARTS:], dz[_MOST_PARTS - 1])]
     tiles = tiles or fused_tiles_for("norm, backward", h.shape[-1], fp8=isinstance(z, Fp8Matrix))
     total = torch.empty_like(h)
     numbers, rows = (z.values, z.scales) if isinstance(z, Fp8Matrix) else (z, scales)
-    tensors = (dz, numbers, rows, h, weight.contiguous(), scales, h if dh is None else dh.contiguous(), total)
-    _run(_norm_backward, tiles, tensors, dtype=dz.dtype, transpose=True, MORE=dh is not None, FP8=isinstance(z, Fp8Matrix))
+    given = (*dz, *[dz[0]] * (_MOST_PARTS - len(dz)))
+    tensors = (*given, numbers, rows, h, weight.contiguous(), scales, h if dh is None else dh.contiguous(), total)
+    flags = {"MORE": dh is not None, "FP8": isinstance(z, Fp8Matrix), "PARTS": len(dz)}
+    run(_norm_backward, tiles, tensors, dtype=dz[0].dtype, transpose=True, **flags)
     return total
 
 
-def gate_forward(
-    gate: Tensor, up: Tensor, *, dtype: torch.dtype, fp8: bool = False, tiles: Tiles | None = None
-) -> Tensor | Fp8Matrix:
-    """As `fused_wht.gate_wht`, in 8 bits on wish."""
-    gate, up = gate.contiguous(), up.contiguous()
-    tiles = tiles or fused_tiles_for("gate", gate.shape[-1], fp8=fp8)
-    z, out, rows = _result(gate, dtype, fp8=fp8)
-    _run(_gate_forward, tiles, (gate, up, out, rows), dtype=dtype, transpose=False, FP8=fp8)
-    return z
-
-
-def gate_backward(dz: Tensor, gate: Tensor, up: Tensor, *, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
-    """The gradients of both inputs, where contiguous ones lay."""
-    gate, up, dz = gate.contiguous(), up.contiguous(), dz.contiguous()
-    tiles = tiles or fused_tiles_for("gate, backward", gate.shape[-1])
-    _run(_gate_backward, tiles, (dz, gate, up, gate, up, gate, up), dtype=dz.dtype, transpose=True, FP8=False)
-    return gate, up
-
-
-def gate_backward_fp8(dz: Tensor, gate: Tensor, up: Tensor, *, tiles: Tiles | None = None) -> tuple[Fp8Matrix, Fp8Matrix]:
-    """The gradients of both inputs as 8-bit numbers, every row with a scale of its own."""
-    gate, up, dz = gate.contiguous(), up.contiguous(), dz.contiguous()
-    tiles = tiles or fused_tiles_for("gate, backward", gate.shape[-1], fp8=True)
-    (dgate, *one), (dup, *two) = (_result(x, dz.dtype, fp8=True) for x in (gate, up))
-    _run(_gate_backward, tiles, (dz, gate, up, one[0], two[0], one[1], two[1]), dtype=dz.dtype, transpose=True, FP8=True)
-    assert isinstance(dgate, Fp8Matrix)
-    assert isinstance(dup, Fp8Matrix)
-    return dgate, dup
-
-
-def _result(x: Tensor, dtype: torch.dtype, *, fp8: bool) -> tuple[Tensor | Fp8Matrix, Tensor, Tensor]:
+def room(x: Tensor, dtype: torch.dtype, *, fp8: bool) -> tuple[Tensor | Fp8Matrix, Tensor, Tensor]:
     """Room for the transform of x (..., n): the result, where its numbers go, and where its scales go, if there are any."""
     if not fp8:
         z = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -112,14 +89,14 @@ def _result(x: Tensor, dtype: torch.dtype, *, fp8: bool) -> tuple[Tensor | Fp8Ma
     return form, form.values, form.scales
 
 
-def _run(
+def run(
     kernel: JITFunction[..., None],
     tiles: Tiles,
     first: tuple[Tensor | float, ...],
     *,
     dtype: torch.dtype,
     transpose: bool,
-    **flags: bool,
+    **flags: int,
 ) -> None:
     """Launch a kernel whose arguments are its own, `first`, and then those that all have: A, S_q, rows and factor."""
     like = cast(Tensor, first[0])
@@ -192,8 +169,8 @@ def _norm_forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_backward(
-    grad_ptr, z_ptr, row_ptr, h_ptr, weight_ptr, scale_ptr, more_ptr, out_ptr, left_ptr, right_ptr, rows, last,
-    MORE: tl.constexpr, FP8: tl.constexpr,
+    grad_ptr, second_ptr, third_ptr, z_ptr, row_ptr, h_ptr, weight_ptr, scale_ptr, more_ptr, out_ptr, left_ptr, right_ptr,
+    rows, last, MORE: tl.constexpr, FP8: tl.constexpr, PARTS: tl.constexpr,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
@@ -211,6 +188,11 @@ def _norm_backward(
             for t in tl.static_range(TILES):
                 place = start + (row * block)[:, None] + (c * (CHUNK * TILES * INNER) + t * INNER + column)
                 tile = tl.load(grad_ptr + place, mask=mask, other=0.0)
+                if PARTS > 1:
+                    whole = tile.to(tl.float32) + tl.load(second_ptr + place, mask=mask, other=0.0).to(tl.float32)
+                    if PARTS > 2:
+                        whole += tl.load(third_ptr + place, mask=mask, other=0.0).to(tl.float32)
+                    tile = whole.to(grad_ptr.dtype.element_ty)
                 z = tl.load(z_ptr + place, mask=mask, other=0.0).to(tl.float32)
                 products += tl.sum(tile.to(tl.float32) * z, axis=1)
                 tiles += (tile,)
@@ -234,117 +216,3 @@ def _norm_backward(
                 if MORE:
                     result += tl.load(more_ptr + place, mask=mask, other=0.0).to(tl.float32)
                 tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _gate_forward(
-    gate_ptr, up_ptr, out_ptr, row_ptr, left_ptr, right_ptr, rows, last, FP8: tl.constexpr,
-    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
-    block: tl.constexpr = OUTER * TILES * INNER
-    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
-    place = (row * block)[:, None] + column
-    stride = tl.full((), ROWS * block, tl.int64)
-    for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        start = group * stride
-        inside = row < rows - group * ROWS
-        squares = tl.zeros([CHUNK * ROWS], tl.float32)
-        parts = ()
-        for c in tl.static_range(chunks):
-            mask = (inside & (a < OUTER - c * CHUNK))[:, None]
-            tiles = ()
-            for t in tl.static_range(TILES):
-                at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
-                gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                tile = gate * tl.sigmoid(gate) * up
-                tiles += (tile,)
-                if FP8:
-                    squares += tl.sum(tile * tile, axis=1)
-            parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
-        factor = last
-        if FP8:
-            scale, inverse = scale_of(tl.sqrt(over_rows(squares, CHUNK, ROWS)))
-            which = group * ROWS + tl.arange(0, ROWS)
-            tl.store(row_ptr + which, scale, mask=which < rows)
-            factor = along_rows(inverse, CHUNK, ROWS) * last
-        for c in tl.static_range(chunks):
-            mask = (inside & (a < OUTER - c * CHUNK))[:, None]
-            for t in tl.static_range(TILES):
-                result = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * factor
-                if FP8:
-                    result = fitting(result)
-                at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
-                tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _gate_gradients(
-    parts, left, left_ptr, corner, gate_ptr, up_ptr, at, mask, last, c: tl.constexpr, t: tl.constexpr,
-    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """A tile of the gradients of gate and up, float32."""
-    grad = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * last
-    gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    return grad * up * share * (1 + gate * (1 - share)), grad * gate * share
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _gate_backward(
-    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, gate_row_ptr, up_row_ptr, left_ptr, right_ptr, rows, last, FP8: tl.constexpr,
-    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
-    block: tl.constexpr = OUTER * TILES * INNER
-    dtype: tl.constexpr = dgate_ptr.dtype.element_ty
-    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
-    place = (row * block)[:, None] + column
-    stride = tl.full((), ROWS * block, tl.int64)
-    for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        start = group * stride
-        inside = row < rows - group * ROWS
-        parts = ()
-        for c in tl.static_range(chunks):
-            mask = (inside & (a < OUTER - c * CHUNK))[:, None]
-            tiles = ()
-            for t in tl.static_range(TILES):
-                at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
-                tiles += (tl.load(grad_ptr + at, mask=mask, other=0.0),)
-            parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
-        gate_factor, up_factor = 1.0, 1.0
-        piece = left
-        if FP8:
-            # a row's scale is known when all of it is: so it is computed once for that, and once more to be written
-            most_gate = tl.zeros([CHUNK * ROWS], tl.float32)
-            most_up = most_gate
-            for c in tl.static_range(chunks):
-                mask = (inside & (a < OUTER - c * CHUNK))[:, None]
-                for t in tl.static_range(TILES):
-                    at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
-                    dgate, dup = _gate_gradients(
-                        parts, left, left_ptr, corner, gate_ptr, up_ptr, at, mask, last, c, t, OUTER, TILES, INNER, CHUNK, ROWS
-                    )
-                    most_gate = tl.maximum(most_gate, tl.max(tl.abs(dgate), axis=1))
-                    most_up = tl.maximum(most_up, tl.max(tl.abs(dup), axis=1))
-            gate_scale, gate_inverse = scale_of(largest_of_rows(most_gate, CHUNK, ROWS))
-            up_scale, up_inverse = scale_of(largest_of_rows(most_up, CHUNK, ROWS))
-            which = group * ROWS + tl.arange(0, ROWS)
-            tl.store(gate_row_ptr + which, gate_scale, mask=which < rows)
-            tl.store(up_row_ptr + which, up_scale, mask=which < rows)
-            gate_factor, up_factor = along_rows(gate_inverse, CHUNK, ROWS), along_rows(up_inverse, CHUNK, ROWS)
-            # read anew: the compiler would keep all results of the first time, for which there are no registers
-            piece = tl.load(left_ptr + corner)
-        for c in tl.static_range(chunks):
-            mask = (inside & (a < OUTER - c * CHUNK))[:, None]
-            for t in tl.static_range(TILES):
-                at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
-                dgate, dup = _gate_gradients(
-                    parts, piece, left_ptr, corner, gate_ptr, up_ptr, at, mask, last, c, t, OUTER, TILES, INNER, CHUNK, ROWS
-                )
-                if FP8:
-                    dgate, dup = fitting(dgate * gate_factor), fitting(dup * up_factor)
-                tl.store(dup_ptr + at, dup.to(dtype), mask=mask)
-                tl.store(dgate_ptr + at, dgate.to(dtype), mask=mask)

@@ -26,7 +26,7 @@ from qwha_cli.kernels.codes import Codes, put_together, taken_apart
 from qwha_cli.kernels.effective_weight import Basis, Transform, build_weight, check_shapes, gather_entries, transform_backend
 from qwha_cli.kernels.fp8 import Fp8Matrix
 from qwha_cli.kernels.fp8_products import fp8_gradients, fp8_product, suits_fp8
-from qwha_cli.kernels.gradient_chain import is_ours, mark_ours
+from qwha_cli.kernels.gradient_chain import is_ours, mark_ours, mark_takes_parts, takes_parts
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.shared_fp8 import hand_on_fp8, shared_fp8
 from qwha_cli.kernels.shared_wht import hand_on, shared_wht
@@ -94,7 +94,8 @@ def spectral_linear(
         known: Tensor | _Eight | None = weight
         with torch.no_grad():
             if eight:
-                known = _Eight(fp8 if isinstance(fp8, Fp8Weight) else how.scales(base, values), shared_fp8(z, backend=backend))
+                own = fp8 if isinstance(fp8, Fp8Weight) else how.scales(base, values)
+                known = _Eight(own, shared_fp8(z, backend=backend), takes_parts(z))
             elif weight is None and wanted:
                 known = how.weight(base, values, dtype)
         rest = (bias, known, base, how)
@@ -103,6 +104,8 @@ def spectral_linear(
             hand_on(x, z, passed)
             if isinstance(known, _Eight):
                 hand_on_fp8(known.z, passed)
+                if known.apart:
+                    mark_takes_parts(passed)
         result: Tensor = _Product.apply(promise, z, values, *rest)
     return result
 
@@ -150,6 +153,7 @@ class _Eight:
 
     weight: Fp8Weight | WeightScales
     z: Fp8Matrix
+    apart: bool
 
 
 class _Gradients(torch.autograd.Function):
@@ -183,6 +187,7 @@ class _Gradients(torch.autograd.Function):
         # None instead of zeros for a y, or a z that was passed on, that nobody used
         ctx.set_materialize_grads(False)
         if isinstance(weight, _Eight):
+            ctx.apart = weight.apart
             known = weight.weight[2:] if isinstance(weight.weight, Fp8Weight) else tuple(weight.weight)
             ctx.save_for_backward(values, weight.z.values, weight.z.scales, *known, *tensors)
         else:
@@ -290,7 +295,7 @@ def _gradients_of_eight(
             weight = Fp8Matrix(first, second)
         else:
             weight = how.eight(put_together(tensors, ctx.form), values, WeightScales(first, second), is_turned=True)
-    what = {"dtype": ctx.dtype, "wanted": ctx.needs_input_grad[1], "backend": how.backend}
+    what = {"dtype": ctx.dtype, "wanted": ctx.needs_input_grad[1], "apart": ctx.apart, "backend": how.backend}
     return fp8_gradients(dy, passed, Fp8Matrix(z_values, z_scales), weight, **what)  # pyright: ignore[reportArgumentType]
 
 
