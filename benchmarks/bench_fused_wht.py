@@ -101,7 +101,7 @@ def fused(op: str, t: tuple[Tensor, ...], weight: Tensor, scales: Tensor, tiles:
         case "gate":
             return gate_wht_triton.gate_forward(t[0], t[1], dtype=DTYPE, fp8=fp8, tiles=tiles)
         case _ if fp8:
-            return gate_wht_triton.gate_backward_fp8(t[0], t[1], t[2], (scales, scales), tiles=tiles)
+            return gate_wht_triton.gate_backward_fp8(t[0], t[1], t[2], scales, tiles=tiles)
         case _:
             return gate_wht_triton.gate_backward(t[0], t[1], t[2], tiles=tiles)
 

@@ -191,8 +191,8 @@ class _NormWht(torch.autograd.Function):
 class _GateWht(torch.autograd.Function):
     """dgate and dup from dh = dz Hᵀ, σ the logistic function: dh ⊙ up ⊙ σ (1 + gate (1 − σ)) and dh ⊙ gate ⊙ σ.
 
-    As 8-bit numbers they are written before the largest of a row is known, with scales from max |dh| times 1.1 max |up|, silu's
-    derivative being at most 1.0999, and times max |silu(gate)|: the forward pass finds these two.
+    As 8-bit numbers they are written before the largest of a row is known, with a scale from max |dh| times the larger of
+    max |silu(gate)| and 1.1 max |up|, silu's derivative being at most 1.0999: that the forward pass finds.
     """
 
     @staticmethod
@@ -201,7 +201,7 @@ class _GateWht(torch.autograd.Function):
 
         found, most = gate_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gate, up, *(most or ()))
+        ctx.save_for_backward(gate, up, *(() if most is None else (most,)))
         z, form = _outputs(ctx, found, gate, dtype)
         return z, *form
 
@@ -216,7 +216,7 @@ class _GateWht(torch.autograd.Function):
         saved: tuple[Tensor, ...] = ctx.saved_tensors
         gate, up, *most = (tensor.detach() for tensor in saved)
         if most:
-            forms = gate_wht_triton.gate_backward_fp8(grad_outputs[0], gate, up, (most[0], most[1]))
+            forms = gate_wht_triton.gate_backward_fp8(grad_outputs[0], gate, up, most[0])
             gate, up = (known_as(form, nothing(gate.shape, gate.dtype, gate.device)) for form in forms)
         else:
             gate, up = gate_wht_triton.gate_backward(grad_outputs[0], gate, up)

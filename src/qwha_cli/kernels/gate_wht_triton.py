@@ -16,13 +16,13 @@ from qwha_cli.kernels.wht_triton import along_rows, as_operands, frame, inner, l
 
 def gate_forward(
     gate: Tensor, up: Tensor, *, dtype: torch.dtype, fp8: bool = False, tiles: Tiles | None = None
-) -> tuple[Tensor | Fp8Matrix, tuple[Tensor, Tensor] | None]:
-    """As `fused_wht.gate_wht`; in 8 bits on wish, and then the largest magnitudes of silu(gate) and up in each row too."""
+) -> tuple[Tensor | Fp8Matrix, Tensor | None]:
+    """As `fused_wht.gate_wht`; in 8 bits on wish, and then the largest of |silu(gate)| and 1.1 |up| in each row too."""
     gate, up = gate.contiguous(), up.contiguous()
     tiles = tiles or fused_tiles_for("gate", gate.shape[-1], fp8=fp8)
     z, out, rows = room(gate, dtype, fp8=fp8)
-    most = (torch.empty_like(rows), torch.empty_like(rows)) if fp8 else None
-    run(_gate_forward, tiles, (gate, up, out, rows, *(most or (rows, rows))), dtype=dtype, transpose=False, FP8=fp8)
+    most = torch.empty_like(rows) if fp8 else None
+    run(_gate_forward, tiles, (gate, up, out, rows, rows if most is None else most), dtype=dtype, transpose=False, FP8=fp8)
     return z, most
 
 
@@ -30,27 +30,25 @@ def gate_backward(dz: Tensor, gate: Tensor, up: Tensor, *, tiles: Tiles | None =
     """The gradients of both inputs, where contiguous ones lay."""
     gate, up, dz = gate.contiguous(), up.contiguous(), dz.contiguous()
     tiles = tiles or fused_tiles_for("gate, backward", gate.shape[-1])
-    run(_gate_backward, tiles, (dz, gate, up, gate, up, *[gate] * 4), dtype=dz.dtype, transpose=True, FP8=False)
+    run(_gate_backward, tiles, (dz, gate, up, gate, up, gate, gate), dtype=dz.dtype, transpose=True, FP8=False)
     return gate, up
 
 
 def gate_backward_fp8(
-    dz: Tensor, gate: Tensor, up: Tensor, most: tuple[Tensor, Tensor], *, tiles: Tiles | None = None
+    dz: Tensor, gate: Tensor, up: Tensor, most: Tensor, *, tiles: Tiles | None = None
 ) -> tuple[Fp8Matrix, Fp8Matrix]:
-    """The gradients of both inputs as 8-bit numbers, every row with a scale of its own; `most` as `gate_forward` gives it."""
+    """The gradients of both inputs as 8-bit numbers, with one scale a row; `most` as `gate_forward` gives it."""
     gate, up, dz = gate.contiguous(), up.contiguous(), dz.contiguous()
     tiles = tiles or fused_tiles_for("gate, backward", gate.shape[-1], fp8=True)
-    (dgate, *one), (dup, *two) = (room(x, dz.dtype, fp8=True) for x in (gate, up))
-    tensors = (dz, gate, up, one[0], two[0], one[1], two[1], *most)
-    run(_gate_backward, tiles, tensors, dtype=dz.dtype, transpose=True, FP8=True)
-    assert isinstance(dgate, Fp8Matrix)
-    assert isinstance(dup, Fp8Matrix)
-    return dgate, dup
+    _, dgate, scales = room(gate, dz.dtype, fp8=True)
+    dup = torch.empty_like(dgate)
+    run(_gate_backward, tiles, (dz, gate, up, dgate, dup, scales, most), dtype=dz.dtype, transpose=True, FP8=True)
+    return Fp8Matrix(dgate, scales), Fp8Matrix(dup, scales)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _gate_forward(
-    gate_ptr, up_ptr, out_ptr, row_ptr, silu_most_ptr, up_most_ptr, left_ptr, right_ptr, rows, last, FP8: tl.constexpr,
+    gate_ptr, up_ptr, out_ptr, row_ptr, most_ptr, left_ptr, right_ptr, rows, last, FP8: tl.constexpr,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
@@ -62,7 +60,7 @@ def _gate_forward(
         start = group * stride
         inside = row < rows - group * ROWS
         squares = tl.zeros([CHUNK * ROWS], tl.float32)
-        most_silu, most_up = squares, squares
+        most = squares
         parts = ()
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
@@ -76,16 +74,15 @@ def _gate_forward(
                 tiles += (tile,)
                 if FP8:
                     squares += tl.sum(tile * tile, axis=1)
-                    most_silu = tl.maximum(most_silu, tl.max(tl.abs(silu), axis=1))
-                    most_up = tl.maximum(most_up, tl.max(tl.abs(up), axis=1))
+                    # silu' is at most 1.0999
+                    most = tl.maximum(most, tl.max(tl.maximum(tl.abs(silu), 1.1 * tl.abs(up)), axis=1))
             parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
         factor = last
         if FP8:
             scale, inverse = scale_of(tl.sqrt(over_rows(squares, CHUNK, ROWS)))
             which = group * ROWS + tl.arange(0, ROWS)
             tl.store(row_ptr + which, scale, mask=which < rows)
-            tl.store(silu_most_ptr + which, largest_of_rows(most_silu, CHUNK, ROWS), mask=which < rows)
-            tl.store(up_most_ptr + which, largest_of_rows(most_up, CHUNK, ROWS), mask=which < rows)
+            tl.store(most_ptr + which, largest_of_rows(most, CHUNK, ROWS), mask=which < rows)
             factor = along_rows(inverse, CHUNK, ROWS) * last
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
@@ -99,8 +96,7 @@ def _gate_forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def _gate_backward(
-    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, gate_row_ptr, up_row_ptr, silu_most_ptr, up_most_ptr,
-    left_ptr, right_ptr, rows, last, FP8: tl.constexpr,
+    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, row_ptr, most_ptr, left_ptr, right_ptr, rows, last, FP8: tl.constexpr,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
@@ -120,36 +116,32 @@ def _gate_backward(
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
                 tiles += (tl.load(grad_ptr + at, mask=mask, other=0.0),)
             parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
-        gate_factor, up_factor = last, last
+        factor = last
         piece = left
         if FP8:
-            # scales are known when the largest of a row's gradient is, for which it is computed a first time
+            # the scale is known when the largest of a row's gradient is, for which it is computed a first time
             most = tl.zeros([CHUNK * ROWS], tl.float32)
             for c in tl.static_range(chunks):
                 for t in tl.static_range(TILES):
                     grad = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS)
                     most = tl.maximum(most, tl.max(tl.abs(grad), axis=1))
             which = group * ROWS + tl.arange(0, ROWS)
-            largest = largest_of_rows(most, CHUNK, ROWS) * last
-            # silu' is at most 1.0999
-            most_up = tl.load(up_most_ptr + which, mask=which < rows, other=0.0) * 1.1
-            gate_scale, gate_inverse = scale_of(largest * most_up)
-            up_scale, up_inverse = scale_of(largest * tl.load(silu_most_ptr + which, mask=which < rows, other=0.0))
-            tl.store(gate_row_ptr + which, gate_scale, mask=which < rows)
-            tl.store(up_row_ptr + which, up_scale, mask=which < rows)
-            gate_factor, up_factor = along_rows(gate_inverse, CHUNK, ROWS) * last, along_rows(up_inverse, CHUNK, ROWS) * last
+            other = tl.load(most_ptr + which, mask=which < rows, other=0.0)
+            scale, inverse = scale_of(largest_of_rows(most, CHUNK, ROWS) * last * other)
+            tl.store(row_ptr + which, scale, mask=which < rows)
+            factor = along_rows(inverse, CHUNK, ROWS) * last
             # read anew: the compiler would keep what it has computed, for which there are no registers
             piece = tl.load(left_ptr + corner)
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             for t in tl.static_range(TILES):
-                grad = outer(parts, piece, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS)
+                grad = outer(parts, piece, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * factor
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
                 gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
                 up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
                 share = tl.sigmoid(gate)
-                dup = grad * up_factor * gate * share
-                dgate = grad * gate_factor * up * share * (1 + gate * (1 - share))
+                dup = grad * gate * share
+                dgate = grad * up * share * (1 + gate * (1 - share))
                 if FP8:
                     dgate, dup = fitting(dgate), fitting(dup)
                 tl.store(dup_ptr + at, dup.to(dtype), mask=mask)
