@@ -62,7 +62,6 @@ _MORE = {
 MOVED = {"norm": 2, "norm of a sum": 4, "norm, backward": 5, "gate": 3, "gate, backward": 5}
 # where the transform is in 8 bits
 MOVED |= {op + EIGHT: MOVED.get(op, 2) - 0.5 for op in ("transform", "norm", "norm of a sum", "norm, backward", "gate")}
-MOVED["gate, backward" + EIGHT] = 4
 
 
 def candidates(size: int) -> list[Tiles]:
@@ -100,8 +99,6 @@ def fused(op: str, t: tuple[Tensor, ...], weight: Tensor, scales: Tensor, tiles:
             return fused_wht_triton.norm_backward(t[:1], z, t[2], weight, scales, t[3], tiles=tiles)
         case "gate":
             return gate_wht_triton.gate_forward(t[0], t[1], dtype=DTYPE, fp8=fp8, tiles=tiles)
-        case _ if fp8:
-            return gate_wht_triton.gate_backward_fp8(t[0], t[1], t[2], scales, tiles=tiles)
         case _:
             return gate_wht_triton.gate_backward(t[0], t[1], t[2], tiles=tiles)
 

@@ -129,8 +129,7 @@ def _forward(block: Any, x: Tensor, others: Mapping[str, Any]) -> Tensor:  # noq
     gate, up = mlp.gate_proj(read), mlp.up_proj(read)
     # the norm's result is not needed while the widest tensors of the block are made
     del read
-    fp8 = mlp.down_proj.reads_fp8(gate) and all(reader.takes_fp8(x) for reader in (mlp.gate_proj, mlp.up_proj))
-    z = gate_wht(gate, up, dtype=computing_dtype(gate), fp8=fp8)
+    z = gate_wht(gate, up, dtype=computing_dtype(gate), fp8=mlp.down_proj.reads_fp8(gate))
     return h + mlp.down_proj(stand_in(z, gate.dtype))
 
 

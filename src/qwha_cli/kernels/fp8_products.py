@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from qwha_cli.kernels.backend import Requested
-from qwha_cli.kernels.fp8 import MULTIPLE, Fp8Matrix, both_ways, matmul_fp8, to_fp8, transposed, turned
+from qwha_cli.kernels.fp8 import MULTIPLE, Fp8Matrix, both_ways, matmul_fp8, to_fp8, turned
 from qwha_cli.kernels.gradient_chain import in_parts, is_ours, parts_of
-from qwha_cli.kernels.shared_fp8 import noted_fp8
 
 _TURNED = "_qwha_fp8_turned"
 
@@ -60,7 +59,7 @@ def fp8_gradients(
     """Gradients of z and of the matrix that F is in.
 
     Args:
-        dy: (..., out), or a tensor that stands for its 8-bit form.
+        dy: (..., out).
         passed: (..., in), what later layers have found for the same z, written over if it is ours alone; None for nothing.
         z: (tokens, in), as in the forward pass.
         turned_weight: Wᵀ (in, out); None if no gradient of z is wanted.
@@ -72,15 +71,13 @@ def fp8_gradients(
     Returns:
         dz (..., in) with what was passed added, or None; dF / s (out, in), or None.
     """
-    rows = noted_fp8(dy)
+    flat = dy.reshape(-1, dy.shape[-1])
     dz = spectrum = columns = None
-    # a token counts by both: its scale in z goes to its dy
-    if rows is not None:
-        columns = transposed(rows, by=z.scales, backend=backend) if wanted else None
-    elif wanted:
-        rows, columns = both_ways(dy.reshape(-1, dy.shape[-1]), by=z.scales, backend=backend)
+    if wanted:
+        # a token counts by both: its scale in z goes to its dy
+        rows, columns = both_ways(flat, by=z.scales, backend=backend)
     else:
-        rows = to_fp8(dy.reshape(-1, dy.shape[-1]), backend=backend)
+        rows = to_fp8(flat, backend=backend)
     if turned_weight is not None:
         dz = matmul_fp8(rows, turned_weight, dtype).view(*dy.shape[:-1], -1)
         if passed is not None:

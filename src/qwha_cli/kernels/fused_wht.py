@@ -90,14 +90,14 @@ def gate_wht(
 ) -> Tensor:
     """The transform of a gated activation, (silu(gate) ⊙ up) H.
 
-    In Triton the gradients, unless they are 8-bit numbers, are written where `gate` and `up` lie, which nobody else reads after
-    the forward pass of a block: a second backward pass over the same graph is refused.
+    In Triton the gradients are written where `gate` and `up` lie, which nobody else reads after the forward pass of a block: a
+    second backward pass over the same graph is refused.
 
     Args:
         gate: (..., n), floating.
         up: (..., n), shape and dtype of gate.
         dtype: Of the result.
-        fp8: Whether nothing but the result's 8-bit form will be read, as for `norm_wht`, nor of the gradients of `gate` and `up`.
+        fp8: Whether nothing but the result's 8-bit form will be read, as for `norm_wht`.
         backend: Which implementation; `auto` takes torch where `choose_fused` says so.
 
     Returns:
@@ -114,7 +114,7 @@ def gate_wht(
             return known_as(Fp8Matrix(*form), z) if fp8 else z
         from qwha_cli.kernels import gate_wht_triton
 
-        return _named(gate_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8)[0], gate, dtype)
+        return _named(gate_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8), gate, dtype)
     exact = torch.promote_types(gate.dtype, torch.float32)
     product = torch.nn.functional.silu(gate.to(exact)) * up.to(exact)
     return wht(product.to(dtype), backend=transform_backend(backend))
@@ -189,19 +189,15 @@ class _NormWht(torch.autograd.Function):
 
 
 class _GateWht(torch.autograd.Function):
-    """dgate and dup from dh = dz Hᵀ, σ the logistic function: dh ⊙ up ⊙ σ (1 + gate (1 − σ)) and dh ⊙ gate ⊙ σ.
-
-    As 8-bit numbers they are written before the largest of a row is known, with a scale from max |dh| times the larger of
-    max |silu(gate)| and 1.1 max |up|, silu's derivative being at most 1.0999: that the forward pass finds.
-    """
+    """dgate and dup from dh = dz Hᵀ, σ the logistic function: dh ⊙ up ⊙ σ (1 + gate (1 − σ)) and dh ⊙ gate ⊙ σ."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, dtype: torch.dtype, fp8: bool) -> tuple[Tensor, ...]:  # noqa: ANN401
         from qwha_cli.kernels import gate_wht_triton
 
-        found, most = gate_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8)
+        found = gate_wht_triton.gate_forward(gate, up, dtype=dtype, fp8=fp8)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gate, up, *(() if most is None else (most,)))
+        ctx.save_for_backward(gate, up)
         z, form = _outputs(ctx, found, gate, dtype)
         return z, *form
 
@@ -213,13 +209,8 @@ class _GateWht(torch.autograd.Function):
         if grad_outputs[0] is None:
             return None, None, None, None
         # once: checkpointing hands out what it computed again a single time
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
-        gate, up, *most = (tensor.detach() for tensor in saved)
-        if most:
-            forms = gate_wht_triton.gate_backward_fp8(grad_outputs[0], gate, up, most[0])
-            gate, up = (known_as(form, nothing(gate.shape, gate.dtype, gate.device)) for form in forms)
-        else:
-            gate, up = gate_wht_triton.gate_backward(grad_outputs[0], gate, up)
-            # a second pass would read gradients as activations: autograd refuses it now
-            torch.autograd.graph.increment_version(saved)
+        saved: tuple[Tensor, Tensor] = ctx.saved_tensors
+        gate, up = gate_wht_triton.gate_backward(grad_outputs[0], *(tensor.detach() for tensor in saved))
+        # a second pass would read gradients as activations: autograd refuses it now
+        torch.autograd.graph.increment_version(saved)
         return gate if ctx.needs_input_grad[0] else None, up if ctx.needs_input_grad[1] else None, None, None

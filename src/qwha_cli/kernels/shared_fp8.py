@@ -1,7 +1,7 @@
 """The 8-bit form of a transform that several layers read: made by whoever makes the transform, or by the first reader.
 
 It is noted on the transform's tensor, like the transform on its input (shared_wht.py). A kernel that writes a transform as 8-bit
-numbers writes nothing else, and gives the form a tensor that stands for it (stand_in.py). So does one that writes a gradient.
+numbers writes nothing else, and gives the form a tensor that stands for it (stand_in.py).
 """
 
 from __future__ import annotations
@@ -24,25 +24,15 @@ def shared_fp8(z: Tensor, *, backend: Requested = "auto") -> Fp8Matrix:
     Raises:
         KernelError: z has neither numbers nor the form.
     """
-    form = noted_fp8(z)
-    if form is None:
-        form = to_fp8(z.detach().reshape(-1, z.shape[-1]), backend=backend)
-        hand_on_fp8(form, z)
-    return form
-
-
-def noted_fp8(x: Tensor) -> Fp8Matrix | None:
-    """The 8-bit form of x (..., n), if it is known.
-
-    Raises:
-        KernelError: x has neither numbers nor the form.
-    """
-    found = cast("tuple[int, Fp8Matrix] | None", getattr(x, _FORM, None))
-    if found is not None and found[0] == version_of(x):
+    version = version_of(z)
+    found = cast("tuple[int, Fp8Matrix] | None", getattr(z, _FORM, None))
+    if found is not None and found[0] == version:
         return found[1]
-    if stands_in(x):
-        raise KernelError("a tensor without numbers was read after its 8-bit form was gone", where="shared_fp8")
-    return None
+    if stands_in(z):
+        raise KernelError("a transform without numbers was read after its 8-bit form was gone", where="shared_fp8")
+    form = to_fp8(z.detach().reshape(-1, z.shape[-1]), backend=backend)
+    setattr(z, _FORM, (version, form))
+    return form
 
 
 def hand_on_fp8(form: Fp8Matrix, passed: Tensor) -> None:

@@ -109,10 +109,6 @@ _MEASURED_FP8: dict[tuple[FusedOp, int], Tiles] = {
     ("gate", 8192): Tiles(32, 1, 256, 32, way="exchange", warps=8),
     ("gate", 9728): Tiles(76, 2, 64, 128),
     ("gate", 14336): Tiles(28, 2, 256, 32, way="exchange", warps=16),
-    ("gate, backward", 4864): Tiles(76, 1, 64, 32),
-    ("gate, backward", 8192): Tiles(32, 4, 64, 32, rows=2),
-    ("gate, backward", 9728): Tiles(76, 2, 64, 128),
-    ("gate, backward", 14336): Tiles(112, 2, 64, 128, programs=264),
 }
 
 

@@ -166,12 +166,6 @@ def over_rows(sums, CHUNK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def largest_of_rows(numbers, CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """As `over_rows`, the largest instead of the sum."""
-    return tl.max(tl.reshape(numbers, [CHUNK, ROWS]), axis=0)
-
-
-@triton.jit
 def along_rows(numbers, CHUNK: tl.constexpr, ROWS: tl.constexpr):
     """One number a row, (ROWS,), for the rows of a tile: (CHUNK · ROWS, 1)."""
     return tl.reshape(tl.broadcast_to(numbers[None, :], [CHUNK, ROWS]), [CHUNK * ROWS])[:, None]

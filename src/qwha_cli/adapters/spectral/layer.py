@@ -231,11 +231,6 @@ class SpectralLinear(AdaptedLinear):
             return False
         return not (self._finds_weight(self._in_use()) or suits(x, self._base(dtype), dtype, self.backend))
 
-    def takes_fp8(self, x: Tensor) -> bool:
-        """Whether `forward` of as many tokens, differentiated, reads nothing of its output's gradient but the 8-bit form."""
-        bias = cast("Tensor | None", self.bias)
-        return self.reads_fp8(x) and (bias is None or not bias.requires_grad)
-
     def _finds_weight(self, names: tuple[str, ...]) -> bool:
         """Whether `forward` takes the dense weight that `cache_weights` keeps."""
         wanted = torch.is_grad_enabled() and any(self.qwha_values[name].requires_grad for name in names)
