@@ -123,7 +123,7 @@ def room(shape: tuple[int, int], form: str) -> tuple[Tensor, kernel.Form | None]
     """A weight to write in a form."""
     if form == "dense":
         return torch.empty(shape, dtype=torch.bfloat16, device="cuda"), None
-    scales = torch.ones(shape[0] if form == "rows" else (), device="cuda")
+    scales = torch.ones(shape[0] if form == "rows" else 1, device="cuda")
     size = shape if form == "rows" else shape[::-1]
     same = torch.empty(size[0], device="cuda")
     return torch.empty(size, dtype=torch.float8_e4m3fn, device="cuda"), kernel.Form(form, scales, same)  # pyright: ignore
@@ -164,8 +164,12 @@ def candidates(base: Base, form: str) -> Sequence[Cut]:
 
 def write(weight: Tensor, base: Base | None, entries: Entries | None, config: Cut, form: kernel.Form | None) -> None:
     """Launch the kernel that a cut is for."""
-    launch = weight_fp8_triton.launch_table if isinstance(config, cut.TableCut) else kernel.launch
-    launch(weight, base, entries, config, form)  # pyright: ignore
+    if not isinstance(config, cut.TableCut):
+        kernel.launch(weight, base, entries, config, form)
+    elif form is not None and form.kind == "turned":
+        weight_fp8_triton.launch_turned(weight, base, entries, config, form.scales, form.same)  # pyright: ignore
+    else:
+        weight_fp8_triton.launch_rows(weight, base, entries, config)  # pyright: ignore
 
 
 def launch_in_torch(weight: Tensor, base: Base, entries: tuple[Tensor, Places, float]) -> Tensor:

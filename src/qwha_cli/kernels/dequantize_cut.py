@@ -33,9 +33,9 @@ class TableCut:
     """How a weight whose 8-bit numbers are looked up is cut; see weight_fp8_triton.py.
 
     Args:
-        rows: Rows of a program, a power of two, at least 8.
+        rows: Rows of a program, a power of two; at least 8 for turned ones.
         columns: Columns of a tile, a power of two, at least 64.
-        span: Columns of a program, a multiple of `columns`.
+        span: Columns of a program that writes turned, a multiple of `columns`; along the row it takes all.
         warps: Of a program.
     """
 
@@ -99,12 +99,7 @@ def config_for(base: Codes | Tensor | None) -> Config:
 
 
 TABLE_CANDIDATES: tuple[TableCut, ...] = tuple(
-    TableCut(rows, columns, span, warps)
-    for rows in (4, 8, 16)
-    for columns in (512, 1024)
-    for span in (512, 1024)
-    for warps in (2, 4)
-    if columns <= span
+    TableCut(rows, columns, columns, warps) for rows in (1, 2, 4, 8) for columns in (512, 1024, 2048) for warps in (1, 2, 4)
 )
 """Likewise for weights whose 8-bit numbers are looked up."""
 

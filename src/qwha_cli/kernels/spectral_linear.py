@@ -30,7 +30,7 @@ from qwha_cli.kernels.gradient_chain import is_ours, mark_ours, mark_takes_parts
 from qwha_cli.kernels.places import Places
 from qwha_cli.kernels.shared_fp8 import hand_on_fp8, shared_fp8
 from qwha_cli.kernels.shared_wht import hand_on, shared_wht
-from qwha_cli.kernels.weight_fp8 import Fp8Weight, WeightScales, weight_fp8, weight_scales
+from qwha_cli.kernels.weight_fp8 import Fp8Weight, turned_fp8, weight_fp8
 from qwha_cli.kernels.wht import wht
 
 Keep = Literal["memory", "block", "speed"]
@@ -94,8 +94,11 @@ def spectral_linear(
         known: Tensor | _Eight | None = weight
         with torch.no_grad():
             if eight:
-                own = fp8 if isinstance(fp8, Fp8Weight) else how.scales(base, values)
-                known = _Eight(own, shared_fp8(z, backend=backend), takes_parts(z))
+                if isinstance(fp8, Fp8Weight):
+                    own, backward = Fp8Matrix(fp8.values, fp8.scales), (fp8.turned, fp8.turned_scales)
+                else:
+                    own, *backward = how.forward(base, values)
+                known = _Eight(own, tuple(backward), shared_fp8(z, backend=backend), takes_parts(z))
             elif weight is None and wanted:
                 known = how.weight(base, values, dtype)
         rest = (bias, known, base, how)
@@ -139,19 +142,26 @@ class _How:
     def weight(self, base: Codes | Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
         return build_weight(base, values, self.places, dtype, self.scale, self.plain, self.backend)
 
-    def scales(self, base: Codes | Tensor, values: Tensor) -> WeightScales:
-        return weight_scales(base, values, self.places, scale=self.scale, backend=self.backend)
+    def forward(self, base: Codes | Tensor, values: Tensor) -> tuple[Fp8Matrix, Tensor]:
+        return weight_fp8(base, values, self.places, scale=self.scale, backend=self.backend)
 
-    def eight(self, base: Codes | Tensor, values: Tensor, scales: WeightScales, *, is_turned: bool) -> Fp8Matrix:
-        how = {"scale": self.scale, "is_turned": is_turned, "backend": self.backend}
-        return weight_fp8(base, values, self.places, scales, **how)  # pyright: ignore[reportArgumentType]
+    def turned(self, base: Codes | Tensor, values: Tensor, most: Tensor) -> Fp8Matrix:
+        return turned_fp8(base, values, self.places, most, scale=self.scale, backend=self.backend)
 
 
 @dataclass(frozen=True, eq=False)
 class _Eight:
-    """What a layer whose products are of 8-bit numbers knows before they run: its weight, or that weight's scales; and z."""
+    """What a layer whose products are of 8-bit numbers knows before they run.
 
-    weight: Fp8Weight | WeightScales
+    Attributes:
+        weight: W for the forward pass.
+        backward: What the backward pass takes: Wᵀ as two tensors, if it is kept, or what its scale is the largest of.
+        z: The transform.
+        apart: Whether its gradient may come in parts.
+    """
+
+    weight: Fp8Matrix
+    backward: tuple[Tensor, ...]
     z: Fp8Matrix
     apart: bool
 
@@ -181,15 +191,14 @@ class _Gradients(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.how, ctx.dtype = how, z.dtype
         ctx.eight = isinstance(weight, _Eight)
-        ctx.kept = isinstance(weight.weight, Fp8Weight) if isinstance(weight, _Eight) else weight is not None
+        ctx.kept = len(weight.backward) == 2 if isinstance(weight, _Eight) else weight is not None
         again = ctx.needs_input_grad[0] and not ctx.kept
         tensors, ctx.form = taken_apart(base) if again else ((), None)
         # None instead of zeros for a y, or a z that was passed on, that nobody used
         ctx.set_materialize_grads(False)
         if isinstance(weight, _Eight):
             ctx.apart = weight.apart
-            known = weight.weight[2:] if isinstance(weight.weight, Fp8Weight) else tuple(weight.weight)
-            ctx.save_for_backward(values, weight.z.values, weight.z.scales, *known, *tensors)
+            ctx.save_for_backward(values, weight.z.values, weight.z.scales, *weight.backward, *tensors)
         else:
             ctx.save_for_backward(values, z, weight, *tensors)
         promise = z.new_empty(()).expand(*z.shape[:-1], how.places.shape[0])
@@ -225,9 +234,7 @@ class _Product(torch.autograd.Function):
         how: _How,
     ) -> Tensor:
         if isinstance(weight, _Eight):
-            known = weight.weight
-            own = Fp8Matrix(*known[:2]) if isinstance(known, Fp8Weight) else how.eight(base, values, known, is_turned=False)
-            return fp8_product(weight.z, own, bias, dtype=z.dtype).view(*z.shape[:-1], -1)
+            return fp8_product(weight.z, weight.weight, bias, dtype=z.dtype).view(*z.shape[:-1], -1)
         if weight is None:
             weight = how.weight(base, values, z.dtype)
         return torch.nn.functional.linear(z, weight, bias)
@@ -286,15 +293,14 @@ def _gradients_of_eight(
     saved: list[Any],
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `_dense_gradients`, by products of 8-bit numbers."""
-    z_values, z_scales, first, second, *tensors = saved
+    z_values, z_scales, first, *tensors = saved
     how: _How = ctx.how
     weight = None
     if ctx.needs_input_grad[0]:
-        # what was kept, turned, or else its scales
         if ctx.kept:
-            weight = Fp8Matrix(first, second)
+            weight = Fp8Matrix(first, tensors[0])
         else:
-            weight = how.eight(put_together(tensors, ctx.form), values, WeightScales(first, second), is_turned=True)
+            weight = how.turned(put_together(tensors, ctx.form), values, first)
     what = {"dtype": ctx.dtype, "wanted": ctx.needs_input_grad[1], "apart": ctx.apart, "backend": how.backend}
     return fp8_gradients(dy, passed, Fp8Matrix(z_values, z_scales), weight, **what)  # pyright: ignore[reportArgumentType]
 

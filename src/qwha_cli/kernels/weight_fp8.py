@@ -24,18 +24,6 @@ from qwha_cli.kernels.places import Places
 OP = "effective_weight"
 
 
-class WeightScales(NamedTuple):
-    """The scales of a weight (out, in) in both forms.
-
-    Attributes:
-        rows: (out,) float32, of W.
-        whole: () float32, their largest, of Wᵀ.
-    """
-
-    rows: Tensor
-    whole: Tensor
-
-
 class Fp8Weight(NamedTuple):
     """A weight in both forms that the passes read, as tensors, for those who keep it.
 
@@ -52,10 +40,10 @@ class Fp8Weight(NamedTuple):
     turned_scales: Tensor
 
 
-def weight_scales(
+def weight_fp8(
     base: Codes | Tensor, values: Tensor, places: Places, *, scale: float, backend: Requested = "auto"
-) -> WeightScales:
-    """The scales that the bound gives.
+) -> tuple[Fp8Matrix, Tensor]:
+    """W for the forward pass, every number rounded once, with the scales that the bound gives.
 
     Args:
         base: Q̂ (out, in), quantized, or dense and floating.
@@ -63,56 +51,41 @@ def weight_scales(
         places: Where they lie.
         scale: s.
         backend: Which implementation; the same to the bit.
+
+    Returns:
+        W (out, in), and some float32 numbers (k,) the largest of which is the largest scale: what `turned_fp8` asks for.
     """
     if _in_triton(values, backend):
         from qwha_cli.kernels import weight_fp8_triton
 
-        return WeightScales(*weight_fp8_triton.weight_scales(base, values, places, scale=scale))
+        numbers, rows, most = weight_fp8_triton.weight_fp8(base, values, places, scale=scale)
+        return Fp8Matrix(numbers, rows), most
     entries = (values.float() * scale).abs()
     counts = places.row_starts.diff().long()
     largest = torch.segment_reduce(entries, "max", lengths=counts, initial=0.0) if len(places) else entries.new_zeros(len(counts))
     rows = scale_of(row_bounds(base) + largest)
-    return WeightScales(rows, rows.amax())
+    dense = build_weight(base, values, places, torch.float32, scale, True, "torch")
+    return Fp8Matrix((dense * inverse_of(rows).unsqueeze(1)).to(E4M3), rows), rows.amax(dim=0, keepdim=True)
 
 
-def weight_fp8(
-    base: Codes | Tensor,
-    values: Tensor,
-    places: Places,
-    scales: WeightScales,
-    *,
-    scale: float,
-    is_turned: bool,
-    backend: Requested = "auto",
+def turned_fp8(
+    base: Codes | Tensor, values: Tensor, places: Places, most: Tensor, *, scale: float, backend: Requested = "auto"
 ) -> Fp8Matrix:
-    """W (out, in), or Wᵀ (in, out) with one scale for all, every number rounded once.
-
-    Args:
-        base: As for `weight_scales`.
-        values: Likewise.
-        places: Likewise.
-        scales: What that gave.
-        scale: s.
-        is_turned: Which of the two.
-        backend: Which implementation; the same to the bit.
-    """
+    """Wᵀ (in, out) for the backward pass, with one scale for all, every number rounded once; arguments as `weight_fp8`'s."""
     if _in_triton(values, backend):
         from qwha_cli.kernels import weight_fp8_triton
 
-        return Fp8Matrix(*weight_fp8_triton.weight_fp8(base, values, places, scales, scale=scale, is_turned=is_turned))
+        return Fp8Matrix(*weight_fp8_triton.turned_fp8(base, values, places, most, scale=scale))
+    whole = most.amax()
     dense = build_weight(base, values, places, torch.float32, scale, True, "torch")
-    if not is_turned:
-        return Fp8Matrix((dense * inverse_of(scales.rows).unsqueeze(1)).to(E4M3), scales.rows)
-    turned = (dense * inverse_of(scales.whole)).to(E4M3).view(torch.uint8).T.contiguous().view(E4M3)
-    return Fp8Matrix(turned, scales.whole.expand(dense.shape[1]).contiguous())
+    turned = (dense * inverse_of(whole)).to(E4M3).view(torch.uint8).T.contiguous().view(E4M3)
+    return Fp8Matrix(turned, whole.expand(dense.shape[1]).contiguous())
 
 
 def both_forms(base: Codes | Tensor, values: Tensor, places: Places, *, scale: float, backend: Requested = "auto") -> Fp8Weight:
-    """Both forms, for those who keep them; arguments as for `weight_scales`."""
-    scales = weight_scales(base, values, places, scale=scale, backend=backend)
-    how = {"scale": scale, "backend": backend}
-    forward = weight_fp8(base, values, places, scales, is_turned=False, **how)  # pyright: ignore[reportArgumentType]
-    backward = weight_fp8(base, values, places, scales, is_turned=True, **how)  # pyright: ignore[reportArgumentType]
+    """Both forms, for those who keep them; arguments as `weight_fp8`'s."""
+    forward, most = weight_fp8(base, values, places, scale=scale, backend=backend)
+    backward = turned_fp8(base, values, places, most, scale=scale, backend=backend)
     return Fp8Weight(forward.values, forward.scales, backward.values, backward.scales)
 
 

@@ -1,10 +1,9 @@
-"""A weight as 8-bit numbers in Triton: the scales in a kernel of their own, and the numbers, looked up.
+"""A weight as 8-bit numbers in Triton, looked up as lookup_triton.py does.
 
-A group has 2^bits numbers. They are rounded to 8 bits once and lie in a register or some, and a code picks its byte there, four
-codes in one instruction (PTX: prmt). So a number costs an instruction or two, where making it anew takes seven, two conversions
-among them. A program writes its tile four bytes at a time, along the row; or along the column, from four rows each, whose bytes
-change places. Entries are written after it: by the same program, along the row, and by a kernel of their own where the tile takes
-all registers. What does not lie in whole words, other layouts and groups of odd sizes, is left to dequantize_triton.py.
+A program writes its tile four bytes at a time: along the row, after it has found the row's scale; or along the column, from four
+rows each, whose bytes change places. Entries are written after it: by the same program, along the row, and by a kernel of their
+own where the tile takes all registers. What does not lie in whole words, other layouts and groups of odd sizes, is left to
+dequantize_triton.py, and its scales are found before.
 """
 
 from __future__ import annotations
@@ -19,204 +18,138 @@ from torch import Tensor
 
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize_cut import TableCut, fp8_config_for, table_cut_for
-from qwha_cli.kernels.dequantize_triton import (
-    Form,
-    add_entries,
-    entries_of,
-    gptq_grid,
-    launch,
-    operands,
-    repeat,
-    slots_for,
-    span_of,
-    straddling,
-    word_at,
-)
+from qwha_cli.kernels.dequantize_triton import Form, add_entries, entries_of, gptq_grid, launch, operands, slots_for, span_of
 from qwha_cli.kernels.fp8 import E4M3
 from qwha_cli.kernels.fp8_triton import inverse_of, scale_of
+from qwha_cli.kernels.lookup_triton import TOGETHER_OF, pick, picked
 from qwha_cli.kernels.places import Places
 
 _ROWS = 8
 _WIDTH = 128
-# codes that are picked from one number of 32 bits, or 24
-_TOGETHER = {2: 16, 3: 8, 4: 8}
-# as the other form cuts rows: its lists of entries serve both
-_ENTRY_ROWS, _ENTRY_SPAN = 4, 1024
+_ENTRY_ROWS = 2
+
+Entries = tuple[Tensor, Places, float]
 
 
-def weight_scales(base: Codes | Tensor, values: Tensor, places: Places, *, scale: float) -> tuple[Tensor, Tensor]:
-    """As `weight_fp8.weight_scales`."""
+def weight_fp8(base: Codes | Tensor, values: Tensor, places: Places, *, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `weight_fp8.weight_fp8`: numbers, scales of rows, and the largest of some scales each."""
+    base = base.contiguous() if isinstance(base, Tensor) else base
     rows, columns = places.shape
-    base = base.contiguous() if isinstance(base, Tensor) else base
-    found = torch.empty(rows, dtype=torch.float32, device=values.device)
-    # a float32 number that is not negative is ordered as its bits are
-    whole = torch.zeros((), dtype=torch.float32, device=values.device)
-    tensors, strides, kind = operands(base, found)
-    with torch.cuda.device_of(values):
-        _scales[(-(-rows // _ROWS),)](
-            found, whole.view(torch.int32), *tensors, values.contiguous(), places.row_starts, scale, rows, columns, *strides,
-            **kind, ROWS=_ROWS, WIDTH=_WIDTH, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return found, whole
-
-
-def weight_fp8(
-    base: Codes | Tensor, values: Tensor, places: Places, scales: tuple[Tensor, Tensor], *, scale: float, is_turned: bool
-) -> tuple[Tensor, Tensor]:
-    """As `weight_fp8.weight_fp8`."""
-    rows, whole = scales
-    base = base.contiguous() if isinstance(base, Tensor) else base
-    shape = (places.shape[1], places.shape[0]) if is_turned else places.shape
-    weight = torch.empty(shape, dtype=E4M3, device=values.device)
-    same = torch.empty(shape[0], dtype=torch.float32, device=values.device) if is_turned else rows
-    form = Form("turned", whole, same) if is_turned else Form("rows", rows, rows)
+    weight = torch.empty(places.shape, dtype=E4M3, device=values.device)
     entries = (values.contiguous(), places, scale) if len(places) else None
     with torch.cuda.device_of(values):
         if isinstance(base, Codes) and in_whole_words(base):
-            launch_table(weight, base, entries, table_cut_for(base, is_turned=is_turned), form)
+            return weight, *launch_rows(weight, base, entries, table_cut_for(base, is_turned=False))
+        found, most = _room(rows, _ROWS, values.device)
+        tensors, strides, kind = operands(base, weight)
+        _scales[(len(most),)](
+            found, most, *tensors, values.contiguous(), places.row_starts, scale, rows, columns, *strides,
+            **kind, ROWS=_ROWS, WIDTH=_WIDTH, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        launch(weight, base, entries, fp8_config_for(base, is_turned=False), form=Form("rows", found, found))
+    return weight, found, most
+
+
+def turned_fp8(base: Codes | Tensor, values: Tensor, places: Places, most: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """As `weight_fp8.turned_fp8`."""
+    base = base.contiguous() if isinstance(base, Tensor) else base
+    weight = torch.empty(places.shape[::-1], dtype=E4M3, device=values.device)
+    same = torch.empty(places.shape[1], dtype=torch.float32, device=values.device)
+    entries = (values.contiguous(), places, scale) if len(places) else None
+    with torch.cuda.device_of(values):
+        if isinstance(base, Codes) and in_whole_words(base):
+            launch_turned(weight, base, entries, table_cut_for(base, is_turned=True), most, same)
         else:
-            launch(weight, base, entries, fp8_config_for(base, is_turned=is_turned), form)
+            form = Form("turned", most.amax(), same)
+            launch(weight, base, entries, fp8_config_for(base, is_turned=True), form=form)
     return weight, same
+
+
+def _room(rows: int, each: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For scales of rows, and for the largest of each so many."""
+    return torch.empty(rows, dtype=torch.float32, device=device), torch.empty(
+        -(-rows // each), dtype=torch.float32, device=device
+    )
 
 
 def in_whole_words(base: Codes) -> bool:
     """Whether numbers can be looked up: codes that are picked together are of one group, and rows and columns whole words."""
-    if base.layout != "gptq" or base.bits not in _TOGETHER or base.shape[0] % 4 or base.shape[1] % 4:
+    if base.layout != "gptq" or base.bits not in TOGETHER_OF or base.shape[0] % 4 or base.shape[1] % 4:
         return False
     # of what divides a group, tiles are made
-    return base.group_size & -base.group_size >= _TOGETHER[base.bits]
+    return base.group_size & -base.group_size >= TOGETHER_OF[base.bits]
 
 
-def launch_table(weight: Tensor, base: Codes, entries: tuple[Tensor, Places, float] | None, cut: TableCut, form: Form) -> None:
-    """Write a weight in 8 bits; arguments as for `dequantize_triton.launch`, and a base that is `in_whole_words`."""
+def launch_rows(weight: Tensor, base: Codes, entries: Entries | None, cut: TableCut) -> tuple[Tensor, Tensor]:
+    """Write a weight (out, in) of a base that is `in_whole_words`; its rows' scales, and the largest of some each.
+
+    Args:
+        weight: e4m3, contiguous, written as a whole.
+        base: (out, in).
+        entries: Values (nnz,) of F, their places and the factor on them; None for none.
+        cut: How; a program takes all of its rows, whatever span that says.
+    """
     rows, columns = base.shape
-    span = min(cut.span, -(-columns // cut.columns) * cut.columns)
-    grid = (-(-rows // cut.rows), -(-columns // span))
-    tensors, strides, kind = operands(base, weight)
-    how = {name: kind[name] for name in ("BITS", "ZERO_BITS", "GROUP")}
-    tile = {"TOGETHER": _TOGETHER[base.bits], "ROWS": cut.rows, "COLUMNS": cut.columns, "num_warps": cut.warps}
-    tile |= {"UNIT": min(base.group_size & -base.group_size, cut.columns), "ASM": os.environ.get("TRITON_INTERPRET") != "1"}
-    four = weight.view(torch.int32)
-    if form.kind == "rows":
-        lists, slots = _lists(weight, entries, span, rows * grid[1])
-        _rows[grid](
-            weight, four, form.scales, *tensors, *lists, rows, columns, span, *strides,
-            **how, **tile, SPARSE=entries is not None, SLOTS=slots, enable_fp_fusion=False,
-        )  # fmt: skip
-        return
-    _turned[grid](four, form.scales, form.same, *tensors, rows, columns, span, *strides, **how, **tile, enable_fp_fusion=False)
+    found, most = _room(rows, cut.rows, weight.device)
+    tensors, strides, how = _operands(base, weight, cut)
+    _rows[(len(most),)](
+        weight, weight.view(torch.int32), found, most, *tensors, *_lists(weight, entries), rows, columns, *strides,
+        **how, SPARSE=entries is not None, WIDTH=_WIDTH, SLOTS=16 if entries is None else slots_for(len(entries[1]), rows),
+    )  # fmt: skip
+    return found, most
+
+
+def launch_turned(weight: Tensor, base: Codes, entries: Entries | None, cut: TableCut, most: Tensor, same: Tensor) -> None:
+    """Write a weight (in, out) of a base that is `in_whole_words`, and its one scale (in,); `most` as `launch_rows` gives it."""
+    rows, columns = base.shape
+    tensors, strides, how = _operands(base, weight, cut)
+    whole = torch.empty(1, dtype=torch.float32, device=weight.device)
+    _turned[(-(-rows // cut.rows), -(-columns // cut.span))](
+        weight.view(torch.int32), most, len(most), whole, same, *tensors, rows, columns, cut.span, *strides,
+        **how, MOST=triton.next_power_of_2(len(most)),
+    )  # fmt: skip
     if entries is not None:
-        grid = (-(-rows // _ENTRY_ROWS), -(-columns // _ENTRY_SPAN))
-        lists, slots = _lists(weight, entries, _ENTRY_SPAN, rows * grid[1])
-        _turned_entries[grid](
-            weight, form.scales, *tensors, *lists, rows, columns, *strides,
-            **how, ROWS=_ENTRY_ROWS, SLOTS=slots, num_warps=4, enable_fp_fusion=False,
+        kept = {name: how[name] for name in ("BITS", "ZERO_BITS", "GROUP", "enable_fp_fusion")}
+        _turned_entries[(-(-rows // _ENTRY_ROWS),)](
+            weight, whole, *tensors, *_lists(weight, entries), rows, columns, *strides,
+            **kept, ROWS=_ENTRY_ROWS, SLOTS=slots_for(len(entries[1]), rows), num_warps=4,
         )  # fmt: skip
 
 
-def _lists(weight: Tensor, entries: tuple[Tensor, Places, float] | None, span: int, spans: int) -> tuple[tuple[Any, ...], int]:
-    """Entries as kernels take them, and how many of a row's span at once."""
+def _operands(base: Codes, weight: Tensor, cut: TableCut) -> tuple[tuple[Tensor, ...], tuple[int, int], dict[str, Any]]:
+    tensors, strides, kind = operands(base, weight)
+    unit = min(base.group_size & -base.group_size, cut.columns)
+    tile = {"UNIT": unit, "TOGETHER": TOGETHER_OF[base.bits], "ROWS": cut.rows, "COLUMNS": cut.columns, "num_warps": cut.warps}
+    asm = os.environ.get("TRITON_INTERPRET") != "1"
+    return tensors, strides, {n: kind[n] for n in ("BITS", "ZERO_BITS", "GROUP")} | tile | {"ASM": asm, "enable_fp_fusion": False}
+
+
+def _lists(weight: Tensor, entries: Entries | None) -> tuple[Any, ...]:
+    """Entries as kernels take them."""
     if entries is None:
-        return (weight, weight, weight, 0.0), 16
+        return weight, weight, weight, 0.0
     values, places, factor = entries
-    return (values, places.span_starts(span), places.columns, factor), slots_for(len(places), spans)
-
-
-@triton.jit
-def _pick(low, high, selector, ASM: tl.constexpr):
-    """Four bytes of the eight in `low` and `high`, by four nibbles of `selector` below 8."""
-    if ASM:
-        found = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        found = low & 0
-        for i in tl.static_range(4):
-            which = (selector >> (4 * i)) & 7
-            found |= ((tl.where(which < 4, low, high) >> ((which & 3) * 8)) & 255) << (8 * i)
-    return found
-
-
-@triton.jit
-def _four(step, low, inverse, FIRST: tl.constexpr):
-    """The numbers of four neighbouring codes as four bytes."""
-    found = tl.zeros(step.shape, tl.int32)
-    for i in tl.static_range(4):
-        number = (low + step * (FIRST + i)) * inverse
-        found |= number.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32) << (8 * i)
-    return found
-
-
-@triton.jit
-def _picked(
-    base_ptr, scales_ptr, zeros_ptr, row, inside, inverse, start, rows, columns, stride, zero_stride,
-    BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, TOGETHER: tl.constexpr,
-    COLUMNS: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """A tile's bytes: a tuple, whose element k holds codes 4k to 4k + 3 of every TOGETHER, int32 (ROWS, COLUMNS / TOGETHER)."""
-    words = (columns * BITS + 31) // 32
-    i = tl.arange(0, COLUMNS // TOGETHER)
-    unit = start + (tl.arange(0, COLUMNS // UNIT) * UNIT)[None, :]
-    step, low = gptq_grid(
-        scales_ptr, zeros_ptr, row, unit // GROUP, inside & (unit < columns), rows, stride, zero_stride, BITS, ZERO_BITS
-    )
-    times: tl.constexpr = UNIT // TOGETHER
-    a = repeat(_four(step, low, inverse, 0), times)
-    if BITS == 2:
-        word = (start // 16 + i)[None, :]
-        x = word_at(base_ptr, row, word, stride, inside & (word < words)).to(tl.int32, bitcast=True)
-        # every second code in a nibble of its own: of the lower eight codes, then of the upper
-        e0, o0 = _pick(a, a, x & 0x3333, ASM), _pick(a, a, (x >> 2) & 0x3333, ASM)
-        e1, o1 = _pick(a, a, (x >> 16) & 0x3333, ASM), _pick(a, a, (x >> 18) & 0x3333, ASM)
-        first, second = _pick(e0, o0, 0x5140, ASM), _pick(e0, o0, 0x7362, ASM)
-        found = (first, second, _pick(e1, o1, 0x5140, ASM), _pick(e1, o1, 0x7362, ASM))
-    elif BITS == 3:
-        b = repeat(_four(step, low, inverse, 4), times)
-        word = (start // 32 * 3 + i * 3 // 4)[None, :]
-        one = word_at(base_ptr, row, word, stride, inside & (word < words))
-        two = word_at(base_ptr, row, word + 1, stride, inside & (word + 1 < words))
-        x = straddling(one, two, (i * 24 % 32)[None, :].to(tl.uint32)).to(tl.int32, bitcast=True)
-        found = (_pick(a, b, _apart(x), ASM), _pick(a, b, _apart(x >> 12), ASM))
-    else:
-        b, c = repeat(_four(step, low, inverse, 4), times), repeat(_four(step, low, inverse, 8), times)
-        d = repeat(_four(step, low, inverse, 12), times)
-        word = (start // 8 + i)[None, :]
-        x = word_at(base_ptr, row, word, stride, inside & (word < words)).to(tl.int32, bitcast=True)
-        found = (_of_sixteen(a, b, c, d, x, ASM), _of_sixteen(a, b, c, d, x >> 16, ASM))
-    return found
-
-
-@triton.jit
-def _apart(x):
-    """Four codes of three bits in a nibble each."""
-    return (x & 7) | ((x & 0x38) << 1) | ((x & 0x1C0) << 2) | ((x & 0xE00) << 3)
-
-
-@triton.jit
-def _of_sixteen(a, b, c, d, x, ASM: tl.constexpr):
-    """Four bytes of sixteen, by four nibbles."""
-    selector = x & 0x7777
-    # bytes of ones where a nibble's highest bit is set
-    upper = _pick(x & 0, (x & 0) - 1, (x >> 1) & 0x4444, ASM)
-    return (_pick(a, b, selector, ASM) & ~upper) | (_pick(c, d, selector, ASM) & upper)
+    return values, places.row_starts, places.columns, factor
 
 
 @triton.jit
 def _rows(
-    weight_ptr, four_ptr, form_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor,
-    rows, columns, span, stride, zero_stride,
+    weight_ptr, four_ptr, found_ptr, most_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor,
+    rows, columns, stride, zero_stride,
     BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, TOGETHER: tl.constexpr,
-    SPARSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, ASM: tl.constexpr,
+    SPARSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < rows
-    inverse = inverse_of(tl.load(form_ptr + row, mask=inside, other=1.0))
+    inverse = _found(
+        found_ptr, most_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, factor, rows, columns, stride, zero_stride,
+        "gptq", BITS, ZERO_BITS, GROUP, SPARSE, ROWS, WIDTH,
+    )[:, None]  # fmt: skip
     if SPARSE:
         begin, end = span_of(starts_ptr, row, inside)
         mask, column, value = entries_of(values_ptr, columns_ptr, begin, end, 0, factor, SLOTS)
-    first = tl.program_id(1) * span
-    for start in range(first, tl.minimum(first + span, columns), COLUMNS):
-        x = _picked(
+    for start in range(0, columns, COLUMNS):
+        x = picked(
             base_ptr, scales_ptr, zeros_ptr, row, inside, inverse, start, rows, columns, stride, zero_stride,
             BITS, ZERO_BITS, GROUP, UNIT, TOGETHER, COLUMNS, ASM,
         )  # fmt: skip
@@ -234,11 +167,13 @@ def _rows(
 
 @triton.jit
 def _turned(
-    four_ptr, form_ptr, same_ptr, base_ptr, scales_ptr, zeros_ptr, rows, columns, span, stride, zero_stride,
+    four_ptr, most_ptr, count, whole_ptr, same_ptr, base_ptr, scales_ptr, zeros_ptr, rows, columns, span, stride, zero_stride,
     BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, TOGETHER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MOST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    whole = tl.load(form_ptr)
+    whole = tl.max(tl.load(most_ptr + tl.arange(0, MOST), mask=tl.arange(0, MOST) < count, other=0.0))
+    # all programs the same
+    tl.store(whole_ptr, whole)
     inverse = inverse_of(whole)
     row = tl.program_id(0) * ROWS + 4 * tl.arange(0, ROWS // 4)[:, None]
     inside = row < rows
@@ -246,16 +181,16 @@ def _turned(
     for start in range(first, tl.minimum(first + span, columns), COLUMNS):
         four = ()
         for k in tl.static_range(4):
-            four += (_picked(
+            four += (picked(
                 base_ptr, scales_ptr, zeros_ptr, row + k, inside, inverse, start, rows, columns, stride, zero_stride,
                 BITS, ZERO_BITS, GROUP, UNIT, TOGETHER, COLUMNS, ASM,
             ),)  # fmt: skip
         at = start + (tl.arange(0, COLUMNS // TOGETHER) * TOGETHER)[None, :]
         for k in tl.static_range(TOGETHER // 4):
             # four rows of four columns turned into four columns of four rows
-            a, b = _pick(four[0][k], four[1][k], 0x5140, ASM), _pick(four[0][k], four[1][k], 0x7362, ASM)
-            c, d = _pick(four[2][k], four[3][k], 0x5140, ASM), _pick(four[2][k], four[3][k], 0x7362, ASM)
-            turned = (_pick(a, c, 0x5410, ASM), _pick(a, c, 0x7632, ASM), _pick(b, d, 0x5410, ASM), _pick(b, d, 0x7632, ASM))
+            a, b = pick(four[0][k], four[1][k], 0x5140, ASM), pick(four[0][k], four[1][k], 0x7362, ASM)
+            c, d = pick(four[2][k], four[3][k], 0x5140, ASM), pick(four[2][k], four[3][k], 0x7362, ASM)
+            turned = (pick(a, c, 0x5410, ASM), pick(a, c, 0x7632, ASM), pick(b, d, 0x5410, ASM), pick(b, d, 0x7632, ASM))
             for j in tl.static_range(4):
                 place = (at + (4 * k + j)).to(tl.int64) * (rows // 4) + row // 4
                 tl.store(four_ptr + place, turned[j], mask=inside & (at + (4 * k + j) < columns))
@@ -267,7 +202,7 @@ def _turned(
 
 @triton.jit
 def _turned_entries(
-    weight_ptr, form_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor,
+    weight_ptr, whole_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor,
     rows, columns, stride, zero_stride,
     BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -276,15 +211,28 @@ def _turned_entries(
     mask, column, value = entries_of(values_ptr, columns_ptr, begin, end, 0, factor, SLOTS)
     add_entries(
         weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, columns_ptr, begin, end, mask, column, value, factor,
-        inverse_of(tl.load(form_ptr)), row, rows, columns, stride, zero_stride, 1, rows, "gptq", BITS, ZERO_BITS, GROUP, SLOTS,
+        inverse_of(tl.load(whole_ptr)), row, rows, columns, stride, zero_stride, 1, rows, "gptq", BITS, ZERO_BITS, GROUP, SLOTS,
     )  # fmt: skip
 
 
 @triton.jit
 def _scales(
-    found_ptr, whole_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, factor, rows, columns, stride, zero_stride,
+    found_ptr, most_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, factor, rows, columns, stride, zero_stride,
     KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    _found(
+        found_ptr, most_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, factor, rows, columns, stride, zero_stride,
+        KIND, BITS, ZERO_BITS, GROUP, True, ROWS, WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def _found(
+    found_ptr, most_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, factor, rows, columns, stride, zero_stride,
+    KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr,
+    SPARSE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Find and write the scales of a program's rows, and their largest; one over each (ROWS,)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < rows
     at = tl.arange(0, WIDTH)[None, :]
@@ -307,16 +255,18 @@ def _scales(
                 table = tl.load(zeros_ptr + tl.arange(0, 16))
                 largest = _larger(largest, step * tl.max(tl.abs(table)))
     added = tl.zeros([ROWS, WIDTH], tl.float32)
-    begin = tl.load(starts_ptr + row, mask=inside, other=0)
-    end = tl.load(starts_ptr + row + 1, mask=inside, other=0)
-    most = tl.max(end - begin)
-    for start in range(0, most, WIDTH):
-        entry = begin + start + at
-        added = _larger(added, tl.load(values_ptr + entry, mask=entry < end, other=0.0).to(tl.float32) * factor)
-    scale, _ = scale_of(tl.max(largest, axis=1) + tl.max(added, axis=1))
+    if SPARSE:
+        begin = tl.load(starts_ptr + row, mask=inside, other=0)
+        end = tl.load(starts_ptr + row + 1, mask=inside, other=0)
+        most = tl.max(end - begin)
+        for start in range(0, most, WIDTH):
+            entry = begin + start + at
+            added = _larger(added, tl.load(values_ptr + entry, mask=entry < end, other=0.0).to(tl.float32) * factor)
+    scale, inverse = scale_of(tl.max(largest, axis=1) + tl.max(added, axis=1))
     which = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tl.store(found_ptr + which, scale, mask=which < rows)
-    tl.atomic_max(whole_ptr, tl.max(tl.where(which < rows, scale, 0.0)).to(tl.int32, bitcast=True))
+    tl.store(most_ptr + tl.program_id(0), tl.max(tl.where(which < rows, scale, 0.0)))
+    return inverse
 
 
 @triton.jit
