@@ -293,8 +293,8 @@ def test_what_was_kept_in_8_bits_goes_when_the_training_ends(tmp_path: Path) -> 
 
 
 def test_forwards_of_few_tokens_are_advised_against_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert advice(2048) is None
-    assert "some 1,376 tokens on each GPU" in str(advice(1376.2))
+    assert advice(1024) is None
+    assert "some 512 tokens on each GPU" in str(advice(512.2))
     base = quantized(tmp_path / "base", "hadamard")
     here = fit(adapted(base), tmp_path / "a", steps=1, precision="fp8")
     assert not any("too few for 8-bit" in note for note in here.notes)

@@ -14,8 +14,8 @@ from qwha_cli.errors import UsageError
 from qwha_cli.kernels.fp8 import MULTIPLE
 from qwha_cli.kernels.fp8_products import fits_fp8
 
-# a layer's weight is rounded and turned whatever the batch
-_WORTH_IT = 2048
+# of a 3B model on an H100, 512 take as long as in bf16 and 2,048 a fifth less
+_WORTH_IT = 1024
 
 
 @dataclass(frozen=True)

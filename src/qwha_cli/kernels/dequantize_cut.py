@@ -61,21 +61,11 @@ CANDIDATES: tuple[Config, ...] = (
 
 TURNED_CANDIDATES: tuple[Config, ...] = tuple(
     Config(rows, columns, span, warps)
-    for rows, columns, warps in (
-        *(
-            (32, 32, 4),
-            (32, 64, 4),
-            (32, 128, 4),
-            (64, 32, 4),
-            (64, 64, 4),
-            (64, 64, 8),
-            (64, 128, 8),
-            (128, 32, 4),
-            (128, 32, 8),
-        ),
-        *((128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 32, 4), (256, 32, 8), (256, 64, 8)),
-    )
+    for rows in (32, 64, 128, 256)
+    for columns in (32, 64, 128)
+    for warps in (4, 8)
     for span in (256, 512, 1024)
+    if 2**10 <= rows * columns <= 2**14
 )
 """Likewise for weights that are written turned."""
 
@@ -84,7 +74,7 @@ TURNED_CANDIDATES: tuple[Config, ...] = tuple(
 _PACKED = Config()
 _TABLE = Config(rows=4, columns=512, span=1024)
 _DENSE = Config(rows=4, columns=512, span=512)
-_LOOKED_UP = TableCut(rows=4, columns=1024, span=1024, warps=2)
+_LOOKED_UP = TableCut(rows=4, columns=2048, span=2048, warps=4)
 _LOOKED_UP_TURNED = TableCut(rows=64, columns=256, span=256, warps=2)
 _FP8 = Config(rows=4, columns=1024, span=1024)
 _FP8_TURNED = Config(rows=32, columns=64, span=256)
