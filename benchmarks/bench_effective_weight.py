@@ -151,8 +151,8 @@ def chosen_for(base: Base | None, form: str) -> Cut:
     if form == "dense" or base is None:
         return cut.config_for(base)
     if looked_up(base, form):
-        return cut.table_cut_for(base, is_turned=form == "turned")  # pyright: ignore
-    return cut.fp8_config_for(base, is_turned=form == "turned")
+        return cut.table_cut_for(is_turned=form == "turned")
+    return cut.fp8_config_for(is_turned=form == "turned")
 
 
 def candidates(base: Base, form: str) -> Sequence[Cut]:

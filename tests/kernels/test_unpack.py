@@ -77,10 +77,11 @@ def test_round_widths_put_the_first_code_into_the_lowest_bits(bits: int, codes: 
     assert packed.numpy().view(np.uint32).tolist() == [[word]]
 
 
-def test_transposed_and_strided_words_unpack_like_contiguous_ones() -> None:
-    codes = random_codes(6, 80, 3)
-    packed = pack(codes, bits=3)
-    assert torch.equal(unpack(packed.T.contiguous().T, bits=3, count=80), codes)
+@pytest.mark.parametrize(("count", "bits"), [(80, 3), (16, 2), (8, 4), (4, 8)])
+def test_transposed_and_strided_words_unpack_like_contiguous_ones(count: int, bits: int) -> None:
+    codes = random_codes(6, count, bits)
+    packed = pack(codes, bits=bits)
+    assert torch.equal(unpack(packed.T.contiguous().T, bits=bits, count=count), codes)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 5, 6, 16])

@@ -137,8 +137,7 @@ assert all(error(one, two) < 8e-3 for one, two in zip((gate.grad, up.grad), want
 @pytest.mark.skipif(not HAS_TRITON, reason="no triton")
 @pytest.mark.parametrize("size", [48, 576, 92 * 4, 3072])
 def test_in_triton_scales_are_from_norms_and_gradients_as_without_rounding(size: int) -> None:
-    # the interpreter cuts off where e4m3 rounds, and loses carries
-    run_interpreted(CODE.format(size=size, device="cpu", near_share=0.5))
+    run_interpreted(CODE.format(size=size, device="cpu", near_share=0.995))
 
 
 @pytest.mark.gpu
@@ -152,6 +151,7 @@ BLOCKS = """
 import torch
 from qwha_cli.adapters.fp8 import choose_fp8, fp8_products
 from qwha_cli.adapters.fused_blocks import fused_blocks
+from qwha_cli.adapters.keep import set_keep
 from test_fused_blocks import adapted, run
 from support.tiny_model import tiny_llama
 from qwha_cli.kernels import fused_wht
@@ -161,26 +161,47 @@ for name in ("norm_wht", "gate_wht"):
         seen.append(k["fp8"])
         return made(*a, **k)
     setattr(__import__("qwha_cli.adapters.fused_blocks", fromlist=["x"]), name, counted)
-model = adapted(tiny_llama).to(torch.float32).train()
+model = adapted(tiny_llama, num_key_value_heads=heads).to(torch.float32).train()
 plain, gradients = run(model, dtype=torch.bfloat16)
+def flat(tensors): return torch.cat([tensor.flatten() for tensor in tensors])
+def error(a, b): return float((flat(a) - flat(b)).norm() / flat(b).norm())
 with fp8_products(choose_fp8(model, wanted=True)):
     apart, ones = run(model, dtype=torch.bfloat16)
+    assert 0.02 < error(ones, gradients) < 0.25, error(ones, gradients)
     with fused_blocks(model.get_base_model()):
-        fused, twos = run(model, dtype=torch.bfloat16)
-        # keys and values have sizes that tensor cores do not take
-        assert seen[:3] == [False, True, True], seen
+        for keep, checkpointing in (("memory", False), ("speed", False), ("block", True)):
+            set_keep(model, keep)
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            seen.clear()
+            fused, twos = run(model, dtype=torch.bfloat16)
+            # with two heads for keys and values, these have sizes that tensor cores do not take
+            assert seen[:3] == [heads == 4, True, True], seen
+            assert abs(float(fused - plain)) < 0.03
+            assert error(twos, gradients) < 1.3 * error(ones, gradients)
         with torch.no_grad():
             model.eval()
             # a few tokens are multiplied from the codes, and read numbers
-            model(input_ids=torch.tensor([[1, 2, 3]]))
-def flat(tensors): return torch.cat([tensor.flatten() for tensor in tensors])
-def error(a, b): return float((flat(a) - flat(b)).norm() / flat(b).norm())
-assert abs(float(fused - plain)) < 0.06
-# the interpreter's rounding costs several times what e4m3 does
-assert error(twos, gradients) < 1.2 * error(ones, gradients) < 0.6
+            assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
 """
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no triton")
-def test_blocks_hand_8_bit_transforms_to_their_projections() -> None:
-    run_interpreted("import sys; sys.path.insert(0, 'tests/adapters')\n" + BLOCKS)
+@pytest.mark.parametrize("heads", [2, 4])
+def test_blocks_hand_8_bit_transforms_to_their_projections(heads: int) -> None:
+    run_interpreted(f"import sys; sys.path.insert(0, 'tests/adapters')\nheads = {heads}\n" + BLOCKS)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no triton")
+def test_what_was_transformed_for_inference_is_transformed_anew_to_train() -> None:
+    run_interpreted("""
+import torch
+from qwha_cli.kernels.shared_fp8 import shared_fp8
+from qwha_cli.kernels.shared_wht import shared_wht
+x = torch.randn(4, 48).bfloat16()
+with torch.inference_mode():
+    first = shared_wht(x, fp8=True)
+again = shared_wht(x, fp8=True)
+assert again is not first
+assert not shared_fp8(again).values.is_inference()
+""")

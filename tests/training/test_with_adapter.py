@@ -304,10 +304,10 @@ def test_forwards_of_few_tokens_are_advised_against_on_a_gpu(tmp_path: Path, mon
     run.engine = cast(loop.Engine, SimpleNamespace(reasons=(), ranks=1, precision=choice_of("fp8"), device=torch.device("cuda")))
     run.total_steps = 1
     monkeypatch.setattr(run, "_note", heard.append)
-    run.announce(0, tokens=1376.0)
+    run.announce(0, tokens=512.0)
     run.announce(0, tokens=8192.0)
     run.engine.precision = choice_of("bf16")
-    run.announce(0, tokens=1376.0)
+    run.announce(0, tokens=512.0)
     assert len(heard) == 1
     assert "too few for 8-bit products" in heard[0]
 

@@ -4,6 +4,8 @@
     block    made twice, with recomputed activations: the backward pass of a block finds those of its recomputation
     speed    made once an optimizer step, however many forwards it has
 
+Layers that multiply 8-bit numbers write the form that a pass reads straight from the codes: `block` is `memory` to them.
+
 In memory a kept weight is as large as an unquantized layer: with `block` there are one block's at a time, with `speed` all. The
 result is the same. Which of them a device has room for is decided here.
 """

@@ -1,4 +1,4 @@
-"""How the kernel of dequantize_triton.py cuts a weight: measured beforehand, and never at run time."""
+"""How dequantize_triton.py and weight_fp8_triton.py cut a weight: measured beforehand, and never at run time."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ TURNED_TABLE_CANDIDATES: tuple[TableCut, ...] = tuple(
 """Likewise, turned."""
 
 
-def table_cut_for(base: Codes, *, is_turned: bool) -> TableCut:
+def table_cut_for(*, is_turned: bool) -> TableCut:
     """The cut of a weight whose numbers are looked up."""
     return _LOOKED_UP_TURNED if is_turned else _LOOKED_UP
 
 
-def fp8_config_for(base: Codes | Tensor, *, is_turned: bool) -> Config:
+def fp8_config_for(*, is_turned: bool) -> Config:
     """The cut for a weight in 8 bits: a turned one is written along its outputs."""
     return _FP8_TURNED if is_turned else _FP8

@@ -28,8 +28,9 @@ from qwha_cli.kernels.fp8 import Fp8Matrix
 from qwha_cli.kernels.fp8_products import fp8_gradients, fp8_product, suits_fp8
 from qwha_cli.kernels.gradient_chain import is_ours, mark_ours, mark_takes_parts, takes_parts
 from qwha_cli.kernels.places import Places
-from qwha_cli.kernels.shared_fp8 import hand_on_fp8, shared_fp8
+from qwha_cli.kernels.shared_fp8 import hand_on_fp8, known_as, shared_fp8
 from qwha_cli.kernels.shared_wht import hand_on, shared_wht
+from qwha_cli.kernels.stand_in import stands_in
 from qwha_cli.kernels.weight_fp8 import Fp8Weight, turned_fp8, weight_fp8
 from qwha_cli.kernels.wht import wht
 
@@ -67,7 +68,7 @@ def spectral_linear(
             keeps it; None to build it here.
         until_backward: Whether a weight that is built here, where inputs want a gradient, is saved for the backward pass instead
             of being built again there. Meant for checkpointing, which drops it at once in the first forward pass, so that only
-            the weights of the block whose turn it is are there.
+            the weights of the block whose turn it is are there. Of no use to 8-bit products.
         fp8: Whether products are of 8-bit numbers where `suits_fp8` says so; or the weight as such, where the caller has it and
             keeps it. Only for basis "hadamard". Then no dense weight is built or read: each pass writes the form it needs.
 
@@ -106,7 +107,10 @@ def spectral_linear(
         if passed is not None:
             hand_on(x, z, passed)
             if isinstance(known, _Eight):
-                hand_on_fp8(known.z, passed)
+                if stands_in(z):
+                    known_as(known.z, passed)
+                else:
+                    hand_on_fp8(known.z, passed)
                 if known.apart:
                     mark_takes_parts(passed)
         result: Tensor = _Product.apply(promise, z, values, *rest)

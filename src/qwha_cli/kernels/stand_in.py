@@ -17,7 +17,9 @@ _MARK = "_qwha_stands_in"
 
 
 def nothing(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of that shape, which takes no memory and must not be written to."""
+    """A tensor of that shape, which takes no memory and must not be written to; under inference mode, one of inference."""
+    if torch.is_inference_mode_enabled():
+        return torch.full((), math.nan, dtype=dtype, device=device).expand(*shape)
     return _nothing(dtype, device).expand(*shape)
 
 
@@ -38,5 +40,4 @@ def version_of(tensor: Tensor) -> int:
 
 @lru_cache(maxsize=16)
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.full((), math.nan, dtype=dtype, device=device)
+    return torch.full((), math.nan, dtype=dtype, device=device)

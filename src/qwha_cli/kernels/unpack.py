@@ -78,7 +78,9 @@ def unpack(packed: Tensor, *, bits: int, count: int) -> Tensor:
         expected = f"int32 (rows, {num_words(count, bits=bits)}) for {count} codes of {bits} bits"
         raise KernelError(f"packed codes must be {expected}, got {packed.dtype} {tuple(packed.shape)}")
     # work on bytes (all platforms of torch are little-endian): a quarter of the memory traffic of 32-bit words
-    stream = packed.contiguous().view(torch.uint8)
+    # a matrix one word wide counts as contiguous whatever its strides, and is no stream of bytes then
+    whole = packed.contiguous() if packed.stride(-1) == 1 else packed.clone(memory_format=torch.contiguous_format)
+    stream = whole.view(torch.uint8)
     if bits == 8:
         return stream[:, :count].contiguous()
     if bits == 3:

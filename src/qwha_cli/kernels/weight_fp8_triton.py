@@ -39,14 +39,14 @@ def weight_fp8(base: Codes | Tensor, values: Tensor, places: Places, *, scale: f
     entries = (values.contiguous(), places, scale) if len(places) else None
     with torch.cuda.device_of(values):
         if isinstance(base, Codes) and in_whole_words(base):
-            return weight, *launch_rows(weight, base, entries, table_cut_for(base, is_turned=False))
+            return weight, *launch_rows(weight, base, entries, table_cut_for(is_turned=False))
         found, most = _room(rows, _ROWS, values.device)
         tensors, strides, kind = operands(base, weight)
         _scales[(len(most),)](
             found, most, *tensors, values.contiguous(), places.row_starts, scale, rows, columns, *strides,
             **kind, ROWS=_ROWS, WIDTH=_WIDTH, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-        launch(weight, base, entries, fp8_config_for(base, is_turned=False), form=Form("rows", found, found))
+        launch(weight, base, entries, fp8_config_for(is_turned=False), form=Form("rows", found, found))
     return weight, found, most
 
 
@@ -58,10 +58,10 @@ def turned_fp8(base: Codes | Tensor, values: Tensor, places: Places, most: Tenso
     entries = (values.contiguous(), places, scale) if len(places) else None
     with torch.cuda.device_of(values):
         if isinstance(base, Codes) and in_whole_words(base):
-            launch_turned(weight, base, entries, table_cut_for(base, is_turned=True), most, same)
+            launch_turned(weight, base, entries, table_cut_for(is_turned=True), most, same)
         else:
             form = Form("turned", most.amax(), same)
-            launch(weight, base, entries, fp8_config_for(base, is_turned=True), form=form)
+            launch(weight, base, entries, fp8_config_for(is_turned=True), form=form)
     return weight, same
 
 

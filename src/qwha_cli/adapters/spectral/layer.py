@@ -229,7 +229,9 @@ class SpectralLinear(AdaptedLinear):
         dtype = computing_dtype(x)
         if not (self.fp8 and self.reads_transform() and suits_fp8(x, (self.out_features, self.in_features), dtype)):
             return False
-        return not (self._finds_weight(self._in_use()) or suits(x, self._base(dtype), dtype, self.backend))
+        # the base is not asked for in training, where a split one may not be here yet
+        few = not torch.is_grad_enabled() and suits(x, self._base(dtype), dtype, self.backend)
+        return not (few or self._finds_weight(self._in_use()))
 
     def _finds_weight(self, names: tuple[str, ...]) -> bool:
         """Whether `forward` takes the dense weight that `cache_weights` keeps."""
