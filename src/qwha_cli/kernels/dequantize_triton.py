@@ -70,12 +70,7 @@ def launch(
     # plain division: triton.cdiv is a kernel's function, and takes ten microseconds when Python calls it
     span = config.span if 0 < config.span < columns else -(-columns // config.columns) * config.columns
     grid = (-(-rows // config.rows), -(-columns // span))
-    lists = (weight, weight, weight, 0.0)
-    slots = 16
-    if entries is not None:
-        values, places, factor = entries
-        lists = (values, places.span_starts(span), places.columns, factor)
-        slots = slots_for(len(places), rows * grid[1])
+    lists, slots = lists_of(entries, weight, span, rows * grid[1])
     tensors, strides, kind = operands(base, weight)
     _write[grid](
         weight, form.scales, form.same, *tensors, *lists, rows, columns, span, *strides,
@@ -86,9 +81,16 @@ def launch(
     )  # fmt: skip
 
 
-def slots_for(entries: int, spans: int) -> int:
-    """How many entries of a row's span are taken at once: somewhat more than there are on average."""
-    return min(max(triton.next_power_of_2(5 * entries // (4 * spans) + 1), 16), 128)
+def lists_of(
+    entries: tuple[Tensor, Places, float] | None, filler: Tensor, span: int, spans: int
+) -> tuple[tuple[Tensor, Tensor, Tensor, float], int]:
+    """Entries as kernels take them that cut rows into spans, so many together; and how many of a span are taken at once."""
+    if entries is None:
+        return (filler, filler, filler, 0.0), 16
+    values, places, factor = entries
+    # somewhat more than lie in a row's span on average
+    slots = min(max(triton.next_power_of_2(5 * len(places) // (4 * spans) + 1), 16), 128)
+    return (values, places.span_starts(span), places.columns, factor), slots
 
 
 def operands(base: Codes | Tensor | None, filler: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int], dict[str, Any]]:

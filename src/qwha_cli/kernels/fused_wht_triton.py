@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from qwha_cli.kernels.fp8 import E4M3, Fp8Matrix
-from qwha_cli.kernels.fp8_triton import fitting, scale_of
+from qwha_cli.kernels.fp8_triton import fitting
 from qwha_cli.kernels.wht_tiles import Tiles, fused_tiles_for
 from qwha_cli.kernels.wht_triton import (
     along_rows,
@@ -28,6 +28,7 @@ from qwha_cli.kernels.wht_triton import (
     operand_dtype,
     outer,
     over_rows,
+    written_scales,
 )
 
 # of a gradient that are added as they are read: those of queries, keys and values
@@ -153,9 +154,7 @@ def _norm_forward(
         which = group * ROWS + tl.arange(0, ROWS)
         tl.store(scale_ptr + which, scale, mask=which < rows)
         if FP8:
-            row_scale, inverse = scale_of(scale * tl.sqrt(over_rows(weighted, CHUNK, ROWS)))
-            tl.store(row_ptr + which, row_scale, mask=which < rows)
-            scale *= inverse
+            scale *= written_scales(scale * tl.sqrt(over_rows(weighted, CHUNK, ROWS)), row_ptr, group, rows, ROWS)
         factor = along_rows(scale, CHUNK, ROWS) * last
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]

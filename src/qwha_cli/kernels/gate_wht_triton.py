@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from qwha_cli.kernels.fp8 import Fp8Matrix
-from qwha_cli.kernels.fp8_triton import fitting, scale_of
+from qwha_cli.kernels.fp8_triton import fitting
 from qwha_cli.kernels.fused_wht_triton import room, run
 from qwha_cli.kernels.wht_tiles import Tiles, fused_tiles_for
-from qwha_cli.kernels.wht_triton import along_rows, as_operands, frame, inner, outer, over_rows
+from qwha_cli.kernels.wht_triton import along_rows, as_operands, frame, inner, outer, over_rows, written_scales
 
 
 def gate_forward(
@@ -62,9 +62,7 @@ def _gate_forward(
             parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
         factor = last
         if FP8:
-            scale, inverse = scale_of(tl.sqrt(over_rows(squares, CHUNK, ROWS)))
-            which = group * ROWS + tl.arange(0, ROWS)
-            tl.store(row_ptr + which, scale, mask=which < rows)
+            inverse = written_scales(tl.sqrt(over_rows(squares, CHUNK, ROWS)), row_ptr, group, rows, ROWS)
             factor = along_rows(inverse, CHUNK, ROWS) * last
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]

@@ -180,7 +180,7 @@ class _Gradients(torch.autograd.Function):
     Checkpointing computes a block again until it has met the last tensor that was saved. This function saves all that the layer
     needs before the product runs, and nothing is saved after it, so that the block's last product, the widest of all, is not
     computed a second time for nothing. A weight that is saved is built before, and so is there when the block's last layer ends
-    the recomputation.
+    the recomputation; one of 8-bit numbers is built before as well, because its largest scale is saved.
     """
 
     @staticmethod

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize_cut import TableCut, fp8_config_for, table_cut_for
-from qwha_cli.kernels.dequantize_triton import Form, add_entries, entries_of, gptq_grid, launch, operands, slots_for, span_of
+from qwha_cli.kernels.dequantize_triton import Form, add_entries, entries_of, gptq_grid, launch, lists_of, operands, span_of
 from qwha_cli.kernels.fp8 import E4M3
 from qwha_cli.kernels.fp8_triton import inverse_of, scale_of
 from qwha_cli.kernels.lookup_triton import TOGETHER_OF, pick, picked
@@ -67,9 +67,9 @@ def turned_fp8(base: Codes | Tensor, values: Tensor, places: Places, most: Tenso
 
 def _room(rows: int, each: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For scales of rows, and for the largest of each so many."""
-    return torch.empty(rows, dtype=torch.float32, device=device), torch.empty(
-        -(-rows // each), dtype=torch.float32, device=device
-    )
+    sizes = (rows, -(-rows // each))
+    found, most = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
+    return found, most
 
 
 def in_whole_words(base: Codes) -> bool:
@@ -92,9 +92,10 @@ def launch_rows(weight: Tensor, base: Codes, entries: Entries | None, cut: Table
     rows, columns = base.shape
     found, most = _room(rows, cut.rows, weight.device)
     tensors, strides, how = _operands(base, weight, cut)
+    lists, slots = lists_of(entries, weight, columns, rows)
     _rows[(len(most),)](
-        weight, weight.view(torch.int32), found, most, *tensors, *_lists(weight, entries), rows, columns, *strides,
-        **how, SPARSE=entries is not None, WIDTH=_WIDTH, SLOTS=16 if entries is None else slots_for(len(entries[1]), rows),
+        weight, weight.view(torch.int32), found, most, *tensors, *lists, rows, columns, *strides,
+        **how, SPARSE=entries is not None, WIDTH=_WIDTH, SLOTS=slots,
     )  # fmt: skip
     return found, most
 
@@ -109,10 +110,10 @@ def launch_turned(weight: Tensor, base: Codes, entries: Entries | None, cut: Tab
         **how, MOST=triton.next_power_of_2(len(most)),
     )  # fmt: skip
     if entries is not None:
+        lists, slots = lists_of(entries, weight, columns, rows)
         kept = {name: how[name] for name in ("BITS", "ZERO_BITS", "GROUP", "enable_fp_fusion")}
         _turned_entries[(-(-rows // _ENTRY_ROWS),)](
-            weight, whole, *tensors, *_lists(weight, entries), rows, columns, *strides,
-            **kept, ROWS=_ENTRY_ROWS, SLOTS=slots_for(len(entries[1]), rows), num_warps=4,
+            weight, whole, *tensors, *lists, rows, columns, *strides, **kept, ROWS=_ENTRY_ROWS, SLOTS=slots, num_warps=4,
         )  # fmt: skip
 
 
@@ -122,14 +123,6 @@ def _operands(base: Codes, weight: Tensor, cut: TableCut) -> tuple[tuple[Tensor,
     tile = {"UNIT": unit, "TOGETHER": TOGETHER_OF[base.bits], "ROWS": cut.rows, "COLUMNS": cut.columns, "num_warps": cut.warps}
     asm = os.environ.get("TRITON_INTERPRET") != "1"
     return tensors, strides, {n: kind[n] for n in ("BITS", "ZERO_BITS", "GROUP")} | tile | {"ASM": asm, "enable_fp_fusion": False}
-
-
-def _lists(weight: Tensor, entries: Entries | None) -> tuple[Any, ...]:
-    """Entries as kernels take them."""
-    if entries is None:
-        return weight, weight, weight, 0.0
-    values, places, factor = entries
-    return values, places.row_starts, places.columns, factor
 
 
 @triton.jit

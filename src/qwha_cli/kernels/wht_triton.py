@@ -172,6 +172,15 @@ def along_rows(numbers, CHUNK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def written_scales(bound, scale_ptr, group, rows, ROWS: tl.constexpr):
+    """Write the 8-bit scales of a group's rows, whose numbers are `bound` (ROWS,) at most; one over each."""
+    scale, inverse = scale_of(bound)
+    which = group * ROWS + tl.arange(0, ROWS)
+    tl.store(scale_ptr + which, scale, mask=which < rows)
+    return inverse
+
+
+@triton.jit
 def frame(
     left_ptr, right_ptr,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
@@ -219,10 +228,8 @@ def _transform(
             parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, MIDDLE)
         factor = last
         if FP8:
-            scale, inverse = scale_of(tl.sqrt(over_rows(squares, CHUNK, ROWS)))
-            which = group * ROWS + tl.arange(0, ROWS)
-            tl.store(scale_ptr + which, scale, mask=which < rows)
-            factor = along_rows(inverse, CHUNK, ROWS) * factor
+            inverse = written_scales(tl.sqrt(over_rows(squares, CHUNK, ROWS)), scale_ptr, group, rows, ROWS)
+            factor = along_rows(inverse, CHUNK, ROWS) * last
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             for t in tl.static_range(TILES):
