@@ -52,22 +52,32 @@ def _with(cut: Tiles, **changes: object) -> Tiles:
 
 
 def candidates(size: int) -> list[Tiles]:
-    """The cuts worth measuring: products inside or butterflies between lanes, orders, rows and warps."""
-    d, e = "dot", "exchange"
+    """The cuts worth measuring: products inside, in a warp or butterflies between lanes, orders, rows and warps."""
+    d, w, e = "dot", "warp", "exchange"
     match size:
         case 3072:
+            staying = [
+                Tiles(12, 1, 256, 16, w, 1, 4),
+                *(Tiles(48, 1, 64, 64, d, rows, warps) for rows, warps in [(1, 4), (2, 4), (2, 8)]),
+            ]
             once = [
-                *(Tiles(48, 1, 64, 64, d, rows, warps) for rows, warps in [(1, 4), (2, 4), (2, 8), (4, 8)]),
+                *(Tiles(12, 1, 256, 16, w, rows, warps) for rows, warps in [(2, 4), (2, 8), (4, 8), (1, 2)]),
+                Tiles(48, 1, 64, 64, d, 4, 8),
                 *(Tiles(48, 1, 64, 16, d, rows, 4) for rows in (1, 2)),
                 *(Tiles(24, 1, 128, 32, d, rows, 4) for rows in (1, 2, 4)),
                 *(Tiles(12, 4, 64, 16, d, rows, 4) for rows in (1, 2, 4)),
                 *(Tiles(12, 2, 128, 16, d, rows, 4) for rows in (2, 4)),
                 *(Tiles(12, 1, 256, 16, e, rows, 4) for rows in (1, 2)),
             ]
-            return [*_both(once[:3]), *once[3:]]
         case 4096:
+            staying = [
+                Tiles(16, 1, 256, 16, w, 1, 4),
+                *(Tiles(64, 1, 64, 64, d, rows, warps) for rows, warps in [(1, 4), (2, 4), (2, 8)]),
+            ]
             once = [
-                *(Tiles(64, 1, 64, 64, d, rows, warps) for rows, warps in [(1, 4), (2, 4), (2, 8), (4, 8)]),
+                *(Tiles(16, 1, 256, 16, w, rows, warps) for rows, warps in [(2, 4), (2, 8), (1, 2)]),
+                *(Tiles(1, 16, 256, 1, w, rows, rows) for rows in (1, 2, 4)),
+                Tiles(64, 1, 64, 64, d, 4, 8),
                 *(Tiles(32, 1, 128, 32, d, rows, 4) for rows in (1, 2, 4)),
                 *(Tiles(32, 2, 64, 32, d, rows, 4) for rows in (1, 2)),
                 *(Tiles(16, 4, 64, 16, d, rows, 4) for rows in (1, 2, 4)),
@@ -76,39 +86,51 @@ def candidates(size: int) -> list[Tiles]:
                 Tiles(1, 16, 256, 1, e, 4, 4),
                 Tiles(1, 16, 256, 1, e, 2, 2),
             ]
-            return [*_both(once[:3]), *once[3:]]
         case 8192:
+            staying = [
+                Tiles(32, 1, 256, 32, w, 1, 8),
+                *(Tiles(64, 2, 64, 64, d, 1, warps) for warps in (4, 8)),
+                *(Tiles(64, 1, 128, 64, d, 1, warps) for warps in (4, 8)),
+            ]
             once = [
-                *(Tiles(64, 2, 64, 64, d, rows, warps) for rows, warps in [(1, 4), (1, 8), (2, 8)]),
-                *(Tiles(64, 1, 128, 64, d, rows, warps) for rows, warps in [(1, 4), (1, 8), (2, 8)]),
+                Tiles(32, 1, 256, 32, w, 1, 4),
+                *(Tiles(16, 2, 256, 16, w, 1, warps) for warps in (2, 4, 8)),
+                *(Tiles(64, tiles, 128 // tiles, 64, d, 2, 8) for tiles in (1, 2)),
                 *(Tiles(32, 4, 64, 32, d, rows, warps) for rows, warps in [(1, 4), (1, 8), (2, 4)]),
                 *(Tiles(32, 2, 128, 32, d, rows, 4) for rows in (1, 2)),
                 *(Tiles(16, 8, 64, 16, d, 1, warps) for warps in (4, 8)),
                 *(Tiles(32, 1, 256, 32, e, 1, warps) for warps in (4, 8)),
                 Tiles(16, 2, 256, 16, e, 1, 4),
             ]
-            return [*_both(once[:2]), *_both(once[3:5]), once[2], *once[5:]]
         case 14336:
+            staying = [
+                Tiles(28, 2, 256, 32, w, 1, 8),
+                *(Tiles(*cut, d, 1, warps) for *cut, warps in [(112, 2, 64, 128, 8), (56, 4, 64, 64, 8), (28, 8, 64, 32, 4)]),
+            ]
             once = [
-                *(Tiles(112, 2, 64, 128, d, 1, warps) for warps in (4, 8)),
+                *(Tiles(28, 2, 256, 32, w, 1, warps) for warps in (4, 16)),
+                *(Tiles(56, 1, 256, 64, w, 1, warps) for warps in (4, 8, 16)),
+                Tiles(112, 2, 64, 128, d, 1, 4),
                 Tiles(112, 1, 128, 128, d, 1, 8),
-                *(Tiles(56, 4, 64, 64, d, 1, warps) for warps in (4, 8)),
+                Tiles(56, 4, 64, 64, d, 1, 4),
                 Tiles(56, 2, 128, 64, d, 1, 8),
-                *(Tiles(28, 8, 64, 32, d, 1, warps) for warps in (4, 8)),
+                Tiles(28, 8, 64, 32, d, 1, 8),
                 *(Tiles(28, 4, 128, 32, d, 1, warps) for warps in (4, 8)),
                 *(Tiles(28, 2, 256, 32, e, 1, warps) for warps in (4, 8)),
             ]
-            return [*_both(once[1:2]), *_both(once[4:5]), *_both(once[7:8]), once[0], *once[2:4], *once[5:7], *once[8:]]
         case 11008:
-            return [Tiles(172, 1, 64, 32, d, 1, 4), Tiles(172, 1, 64, 32, d, 1, 8), Tiles(172, 1, 64, 64, d, 1, 8)]
+            staying, once = [], [Tiles(172, 1, 64, chunk, d, 1, warps) for chunk, warps in [(32, 4), (32, 8), (64, 8)]]
         case 18944:
-            return [Tiles(148, 2, 64, 32, d, 1, 8), Tiles(148, 1, 128, 32, d, 1, 8), Tiles(148, 2, 64, 64, d, 1, 8)]
+            staying, once = [], [Tiles(148, *cut, d, 1, 8) for cut in [(2, 64, 32), (1, 128, 32), (2, 64, 64)]]
         case 5120:
-            return [Tiles(40, 2, 64, 16, d, 1, 4), Tiles(40, 2, 64, 64, d, 1, 4), Tiles(20, 4, 64, 32, d, 1, 4)]
+            staying = [Tiles(20, 1, 256, 32, w, 1, 4)]
+            once = [Tiles(20, 1, 256, 32, w, 2, 8), *(Tiles(*cut, d, 1, 4) for cut in [(40, 2, 64, 64), (20, 4, 64, 32)])]
         case 2048:
-            return [Tiles(32, 1, 64, 32, d, rows, 4) for rows in (1, 2, 4)]
+            staying = [Tiles(1, 8, 256, 1, w, 1, 1)]
+            once = [*(Tiles(1, 8, 256, 1, w, n, n) for n in (2, 4)), *(Tiles(32, 1, 64, 32, d, n, 4) for n in (1, 2, 4))]
         case _:
-            return [tiles_for(size)]
+            staying, once = [], [tiles_for(size)]
+    return [*_both(staying), *once]
 
 
 def _exact(x: Tensor, transpose: bool) -> Tensor:

@@ -15,8 +15,7 @@ from qwha_cli.kernels.dequantize_cut import config_for
 from qwha_cli.kernels.dequantize_triton import launch
 from qwha_cli.kernels.places import Places
 
-_ROWS = 8
-_SLOTS = 64
+_ROWS, _SLOTS, _WARPS = 2, 256, 4
 
 
 def added(base: Codes | Tensor | None, values: Tensor, places: Places, *, scale: float, dtype: torch.dtype) -> Tensor:
@@ -34,7 +33,7 @@ def gather(matrix: Tensor, places: Places, *, scale: float) -> Tensor:
     found = torch.empty(len(places), dtype=torch.float32, device=matrix.device)
     _gather[(-(-rows // _ROWS),)](
         matrix.contiguous(), places.row_starts, places.columns, found, scale, rows, columns,
-        ROWS=_ROWS, SLOTS=_SLOTS, num_warps=4,
+        ROWS=_ROWS, SLOTS=_SLOTS, num_warps=_WARPS,
     )  # fmt: skip
     return found
 

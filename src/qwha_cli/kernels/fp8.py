@@ -121,7 +121,7 @@ def both_ways(x: Tensor, *, by: Tensor, backend: Requested = "auto") -> tuple[Fp
     """A matrix in 8 bits, and `transposed` of that by powers of two: for what is multiplied along its rows and its columns.
 
     Args:
-        x: (rows, columns), as for `to_fp8`.
+        x: (rows, columns), as for `to_fp8`, columns a multiple of 16.
         by: (rows,) float32, as for `transposed`.
         backend: Which implementation; the same to the bit.
     """
@@ -139,7 +139,7 @@ def transposed(a: Fp8Matrix, *, by: Tensor | None = None, backend: Requested = "
     """The transpose, with one scale for all, ready to be multiplied along the rows of `a`.
 
     Args:
-        a: (rows, columns).
+        a: (rows, columns), columns a multiple of 16.
         by: (rows,) float32, powers of two that rows are multiplied by first; None for none.
         backend: Which implementation; the same to the bit.
 
@@ -147,7 +147,7 @@ def transposed(a: Fp8Matrix, *, by: Tensor | None = None, backend: Requested = "
         (columns, rows rounded up to a multiple of 16), zeros behind the last.
 
     Raises:
-        KernelError: `triton` asked for where it does not run.
+        KernelError: Columns that are no multiple of 16, or `triton` asked for where it does not run.
     """
     scales = a.scales if by is None else a.scales * by
     whole = scales.amax()
@@ -167,14 +167,14 @@ def turned(a: Fp8Matrix, *, backend: Requested = "auto") -> Fp8Matrix:
     both belong to: `turned` of one and `transposed` of the other, by the scales of the first, lose the least.
 
     Args:
-        a: (rows, columns).
+        a: (rows, columns), columns a multiple of 16.
         backend: Which implementation; the same to the bit.
 
     Returns:
         (columns, rows rounded up to a multiple of 16), zeros behind the last.
 
     Raises:
-        KernelError: `triton` asked for where it does not run.
+        KernelError: Columns that are no multiple of 16, or `triton` asked for where it does not run.
     """
     if choose(backend, op=OP, device=a.values.device).name == "triton":
         from qwha_cli.kernels import fp8_triton
@@ -184,6 +184,9 @@ def turned(a: Fp8Matrix, *, backend: Requested = "auto") -> Fp8Matrix:
 
 
 def _padded(a: Fp8Matrix) -> int:
+    if a.values.shape[1] % MULTIPLE:
+        shape = tuple(a.values.shape)
+        raise KernelError(f"8-bit matrices are transposed with columns that are a multiple of {MULTIPLE}, not {shape}", where=OP)
     return -(-a.values.shape[0] // MULTIPLE) * MULTIPLE
 
 

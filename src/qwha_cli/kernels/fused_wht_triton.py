@@ -6,7 +6,6 @@ is constant along a row, the norm, is multiplied after the transform, which is l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -22,8 +21,10 @@ from qwha_cli.kernels.wht_tiles import Tiles, fused_tiles_for
 from qwha_cli.kernels.wht_triton import (
     along_rows,
     as_operands,
+    as_read,
     frame,
     inner,
+    last_factor,
     matrices,
     operand_dtype,
     outer,
@@ -109,9 +110,9 @@ def run(
     # the tensors may lie on another device than the current one
     with torch.cuda.device_of(like):
         kernel[(min(groups, tiles.programs or groups),)](
-            *first, left, right, rows, 1 / math.sqrt(tiles.block), **flags,
+            *first, left, right, rows, last_factor(tiles), **flags,
             OUTER=tiles.outer, TILES=tiles.tiles, INNER=tiles.inner, CHUNK=tiles.chunk, ROWS=tiles.rows,
-            DOT=tiles.way == "dot", num_warps=tiles.warps, num_stages=tiles.stages,
+            WAY=tiles.way, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
 
@@ -119,11 +120,11 @@ def run(
 def _norm_forward(
     x_ptr, add_ptr, weight_ptr, sum_ptr, out_ptr, row_ptr, scale_ptr, eps, left_ptr, right_ptr, rows, last,
     ADD: tl.constexpr, FP8: tl.constexpr,
-    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
+    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
-    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
+    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, WAY)
     stride = tl.full((), ROWS * block, tl.int64)
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         start = group * stride
@@ -149,7 +150,7 @@ def _norm_forward(
                 if FP8:
                     weighted += tl.sum(tile * tile, axis=1)
                 tiles += (tile,)
-            parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
+            parts += as_operands(inner(tiles, right, TILES, INNER, WAY), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
         scale = tl.rsqrt(over_rows(squares, CHUNK, ROWS) / block + eps)
         which = group * ROWS + tl.arange(0, ROWS)
         tl.store(scale_ptr + which, scale, mask=which < rows)
@@ -160,9 +161,11 @@ def _norm_forward(
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             for t in tl.static_range(TILES):
                 result = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * factor
+                place = start + (row * block)[:, None] + (c * (CHUNK * TILES * INNER) + t * INNER + column)
                 if FP8:
                     result = fitting(result)
-                place = start + (row * block)[:, None] + (c * (CHUNK * TILES * INNER) + t * INNER + column)
+                    # as in wht_triton: all tensors in one layout
+                    place = tl.max_contiguous(place, [1, 8])
                 tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -170,11 +173,11 @@ def _norm_forward(
 def _norm_backward(
     grad_ptr, second_ptr, third_ptr, z_ptr, row_ptr, h_ptr, weight_ptr, scale_ptr, more_ptr, out_ptr, left_ptr, right_ptr,
     rows, last, MORE: tl.constexpr, FP8: tl.constexpr, PARTS: tl.constexpr,
-    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
+    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
-    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
+    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, WAY)
     stride = tl.full((), ROWS * block, tl.int64)
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         start = group * stride
@@ -192,10 +195,13 @@ def _norm_backward(
                     if PARTS > 2:
                         whole += tl.load(third_ptr + place, mask=mask, other=0.0).to(tl.float32)
                     tile = whole.to(grad_ptr.dtype.element_ty)
+                if FP8:
+                    # as in wht_triton: all tensors in one layout
+                    place = tl.max_contiguous(place, [1, 8])
                 z = tl.load(z_ptr + place, mask=mask, other=0.0).to(tl.float32)
                 products += tl.sum(tile.to(tl.float32) * z, axis=1)
                 tiles += (tile,)
-            parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
+            parts += as_operands(inner(tiles, right, TILES, INNER, WAY), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
         which = group * ROWS + tl.arange(0, ROWS)
         scale = tl.load(scale_ptr + which, mask=which < rows, other=0.0)
         product = over_rows(products, CHUNK, ROWS)
@@ -208,6 +214,7 @@ def _norm_backward(
             mask = (inside & real)[:, None]
             for t in tl.static_range(TILES):
                 result = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * factor
+                result = as_read(result, CHUNK, ROWS, INNER)
                 at = c * (CHUNK * TILES * INNER) + t * INNER + column
                 place = start + (row * block)[:, None] + at
                 result *= tl.load(weight_ptr + at, mask=real[:, None], other=0.0).to(tl.float32)

@@ -11,7 +11,7 @@ from qwha_cli.kernels.fp8 import Fp8Matrix
 from qwha_cli.kernels.fp8_triton import fitting
 from qwha_cli.kernels.fused_wht_triton import room, run
 from qwha_cli.kernels.wht_tiles import Tiles, fused_tiles_for
-from qwha_cli.kernels.wht_triton import along_rows, as_operands, frame, inner, outer, over_rows, written_scales
+from qwha_cli.kernels.wht_triton import along_rows, as_operands, as_read, frame, inner, outer, over_rows, written_scales
 
 
 def gate_forward(
@@ -36,11 +36,11 @@ def gate_backward(dz: Tensor, gate: Tensor, up: Tensor, *, tiles: Tiles | None =
 @triton.jit(do_not_specialize=["rows"])
 def _gate_forward(
     gate_ptr, up_ptr, out_ptr, row_ptr, left_ptr, right_ptr, rows, last, FP8: tl.constexpr,
-    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
+    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
-    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
+    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, WAY)
     place = (row * block)[:, None] + column
     stride = tl.full((), ROWS * block, tl.int64)
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -59,7 +59,7 @@ def _gate_forward(
                 tiles += (tile,)
                 if FP8:
                     squares += tl.sum(tile * tile, axis=1)
-            parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
+            parts += as_operands(inner(tiles, right, TILES, INNER, WAY), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
         factor = last
         if FP8:
             inverse = written_scales(tl.sqrt(over_rows(squares, CHUNK, ROWS)), row_ptr, group, rows, ROWS)
@@ -68,21 +68,23 @@ def _gate_forward(
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             for t in tl.static_range(TILES):
                 result = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * factor
+                at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
                 if FP8:
                     result = fitting(result)
-                at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
+                    # as in wht_triton: all tensors in one layout
+                    at = tl.max_contiguous(at, [1, 8])
                 tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _gate_backward(
     grad_ptr, gate_ptr, up_ptr, left_ptr, right_ptr, rows, last,
-    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
+    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
+    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, WAY)
     place = (row * block)[:, None] + column
     stride = tl.full((), ROWS * block, tl.int64)
     for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -95,11 +97,12 @@ def _gate_backward(
             for t in tl.static_range(TILES):
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
                 tiles += (tl.load(grad_ptr + at, mask=mask, other=0.0),)
-            parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
+            parts += as_operands(inner(tiles, right, TILES, INNER, WAY), left, TILES, INNER, CHUNK, ROWS, OUTER, 1)
         for c in tl.static_range(chunks):
             mask = (inside & (a < OUTER - c * CHUNK))[:, None]
             for t in tl.static_range(TILES):
                 grad = outer(parts, left, left_ptr, corner, c, t, OUTER, TILES, INNER, CHUNK, ROWS) * last
+                grad = as_read(grad, CHUNK, ROWS, INNER)
                 at = start + (c * (CHUNK * TILES * INNER) + t * INNER) + place
                 gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
                 up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)

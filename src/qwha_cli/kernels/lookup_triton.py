@@ -10,25 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qwha_cli.kernels.bytes_triton import pick
 from qwha_cli.kernels.dequantize_triton import gptq_grid, repeat, straddling, word_at
 
 TOGETHER_OF = {2: 16, 3: 8, 4: 8}
 """By bits, the codes that are picked from one number of 32 bits, or 24."""
-
-
-@triton.jit
-def pick(low, high, selector, ASM: tl.constexpr):
-    """Four bytes of the eight in `low` and `high`, by four nibbles of `selector` below 8."""
-    if ASM:
-        found = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        found = low & 0
-        for i in tl.static_range(4):
-            which = (selector >> (4 * i)) & 7
-            found |= ((tl.where(which < 4, low, high) >> ((which & 3) * 8)) & 255) << (8 * i)
-    return found
 
 
 @triton.jit

@@ -16,17 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwha_cli.kernels.bytes_triton import quarter_turn
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize_cut import TableCut, fp8_config_for, table_cut_for
 from qwha_cli.kernels.dequantize_triton import Form, add_entries, entries_of, gptq_grid, launch, lists_of, operands, span_of
 from qwha_cli.kernels.fp8 import E4M3
 from qwha_cli.kernels.fp8_triton import inverse_of, scale_of
-from qwha_cli.kernels.lookup_triton import TOGETHER_OF, pick, picked
+from qwha_cli.kernels.lookup_triton import TOGETHER_OF, picked
 from qwha_cli.kernels.places import Places
 
 _ROWS = 8
 _WIDTH = 128
-_ENTRY_ROWS = 2
+_ENTRY_ROWS, _ENTRY_SLOTS, _ENTRY_WARPS = 2, 64, 1
 
 Entries = tuple[Tensor, Places, float]
 
@@ -110,10 +111,11 @@ def launch_turned(weight: Tensor, base: Codes, entries: Entries | None, cut: Tab
         **how, MOST=triton.next_power_of_2(len(most)),
     )  # fmt: skip
     if entries is not None:
-        lists, slots = lists_of(entries, weight, columns, rows)
+        lists, _ = lists_of(entries, weight, columns, rows)
         kept = {name: how[name] for name in ("BITS", "ZERO_BITS", "GROUP", "enable_fp_fusion")}
         _turned_entries[(-(-rows // _ENTRY_ROWS),)](
-            weight, whole, *tensors, *lists, rows, columns, *strides, **kept, ROWS=_ENTRY_ROWS, SLOTS=slots, num_warps=4,
+            weight, whole, *tensors, *lists, rows, columns, *strides, **kept,
+            ROWS=_ENTRY_ROWS, SLOTS=_ENTRY_SLOTS, num_warps=_ENTRY_WARPS,
         )  # fmt: skip
 
 
@@ -180,10 +182,7 @@ def _turned(
             ),)  # fmt: skip
         at = start + (tl.arange(0, COLUMNS // TOGETHER) * TOGETHER)[None, :]
         for k in tl.static_range(TOGETHER // 4):
-            # four rows of four columns turned into four columns of four rows
-            a, b = pick(four[0][k], four[1][k], 0x5140, ASM), pick(four[0][k], four[1][k], 0x7362, ASM)
-            c, d = pick(four[2][k], four[3][k], 0x5140, ASM), pick(four[2][k], four[3][k], 0x7362, ASM)
-            turned = (pick(a, c, 0x5410, ASM), pick(a, c, 0x7632, ASM), pick(b, d, 0x5410, ASM), pick(b, d, 0x7632, ASM))
+            turned = quarter_turn(four[0][k], four[1][k], four[2][k], four[3][k], ASM)
             for j in tl.static_range(4):
                 place = (at + (4 * k + j)).to(tl.int64) * (rows // 4) + row // 4
                 tl.store(four_ptr + place, turned[j], mask=inside & (at + (4 * k + j) < columns))

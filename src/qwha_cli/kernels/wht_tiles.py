@@ -23,6 +23,11 @@ _SMALLEST_PROGRAM = 4096
 _LARGEST_OUTER = 256
 # a product on the tensor cores sums at least 16 numbers
 _SMALLEST_PRODUCT = 16
+# what `warp` transforms at once, and how often a warp's registers hold it
+_LOG2_WARP = 8
+_LOG2_WARP_TILES = 4
+# above it, a program with numbers in warps' registers takes eight warps
+_LARGEST_NARROW_PROGRAM = 12288
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -35,7 +40,8 @@ class Tiles:
         tiles: t, a power of two.
         inner: q, a power of two.
         chunk: Rows and columns of A that are multiplied at once, a power of two; a is padded to a multiple.
-        way: How S_q is done: products on the tensor cores, or butterflies between the lanes of a warp.
+        way: How S_q is done: by products of whole matrices on the tensor cores, of a warp's own registers (q = 256), or by
+            butterflies between the lanes of a warp.
         rows: Rows of x that a program holds at once, a power of two.
         warps: Warps of a program.
         programs: Programs on the whole device, each taking one group of rows after another; None for one group each.
@@ -46,7 +52,7 @@ class Tiles:
     tiles: int
     inner: int
     chunk: int
-    way: Literal["dot", "exchange"] = "dot"
+    way: Literal["dot", "warp", "exchange"] = "dot"
     rows: int = 1
     warps: int = 4
     programs: int | None = None
@@ -68,47 +74,44 @@ class Tiles:
         return self.padded * self.tiles * self.inner * self.rows
 
 
-# sizes of models at which another cut than the rule's was faster on an H100 (bench_wht.py tune; docs/results/speed.md)
+# sizes of models at which another cut than the rule's was faster (an H200; bench_wht.py tune; docs/results/speed.md)
 _MEASURED = {
-    3072: Tiles(48, 1, 64, 64, rows=2, programs=528),
-    5120: Tiles(40, 2, 64, 64),
-    8192: Tiles(64, 1, 128, 64, programs=528),
+    8192: Tiles(32, 1, 256, 32, "warp", warps=8),
     11008: Tiles(172, 1, 64, 32),
-    14336: Tiles(28, 2, 256, 32, way="exchange", warps=8),
+    18432: Tiles(72, 1, 256, 16, "warp", warps=8),
     18944: Tiles(148, 1, 128, 32, warps=8),
+    27648: Tiles(108, 1, 256, 128, "warp", warps=16),
 }
 
 FusedOp = Literal["transform", "norm", "norm of a sum", "norm, backward", "gate", "gate, backward"]
 # what is done in the transform's pass besides: programs read several tensors, or write two (an H200; bench_fused_wht.py tune)
 _MEASURED_FUSED: dict[tuple[FusedOp, int], Tiles] = {
-    ("norm", 3072): Tiles(48, 1, 64, 64, programs=528),
-    ("norm", 4096): Tiles(64, 1, 64, 64, programs=528),
-    ("norm of a sum", 3072): Tiles(12, 1, 256, 16, way="exchange"),
-    ("norm of a sum", 4096): Tiles(16, 1, 256, 16, way="exchange"),
-    ("norm, backward", 3072): Tiles(12, 1, 256, 16, way="exchange", rows=2),
-    ("norm, backward", 4096): Tiles(16, 4, 64, 16, rows=2),
+    ("norm", 4096): Tiles(16, 1, 256, 16, "warp"),
+    ("norm of a sum", 2048): Tiles(8, 1, 256, 16, "warp"),
+    ("norm of a sum", 4096): Tiles(16, 1, 256, 16, "warp"),
+    ("norm, backward", 2048): Tiles(8, 1, 256, 16, "warp"),
+    ("norm, backward", 3072): Tiles(12, 1, 256, 16, "warp", rows=2),
+    ("norm, backward", 4096): Tiles(16, 1, 256, 16, "warp"),
     ("gate", 4864): Tiles(76, 1, 64, 128, warps=8, programs=528),
-    ("gate", 8192): Tiles(64, 2, 64, 64, programs=528),
+    ("gate", 8192): Tiles(32, 1, 256, 32, "warp", warps=8, programs=528),
     ("gate", 9728): Tiles(76, 2, 64, 128),
-    ("gate", 14336): Tiles(28, 2, 256, 32, way="exchange", warps=16),
+    ("gate", 14336): Tiles(28, 2, 256, 32, "warp"),
     ("gate, backward", 4864): Tiles(76, 1, 64, 128, rows=2, warps=8),
-    ("gate, backward", 8192): Tiles(32, 4, 64, 32, rows=2),
+    ("gate, backward", 8192): Tiles(16, 2, 256, 16, "warp"),
     ("gate, backward", 9728): Tiles(76, 2, 64, 128),
-    ("gate, backward", 14336): Tiles(56, 4, 64, 64),
+    ("gate, backward", 14336): Tiles(56, 1, 256, 64, "warp", warps=8),
 }
-# of 8-bit numbers, whose scale takes a sum over the row first (an H100; bench_fused_wht.py tune --ops "8 bits")
+# of 8-bit numbers, whose scale takes a sum over the row first (an H200; bench_fused_wht.py tune --ops "8 bits")
 _MEASURED_FP8: dict[tuple[FusedOp, int], Tiles] = {
-    ("transform", 4096): Tiles(64, 1, 64, 64, rows=2, programs=528, stages=2),
-    ("norm", 3072): Tiles(12, 1, 256, 16, way="exchange", rows=2),
-    ("norm", 4096): Tiles(16, 1, 256, 16, way="exchange"),
-    ("norm of a sum", 3072): Tiles(12, 1, 256, 16, way="exchange"),
-    ("norm of a sum", 4096): Tiles(16, 1, 256, 16, way="exchange"),
-    ("norm, backward", 3072): Tiles(12, 1, 256, 16, way="exchange", rows=2),
-    ("norm, backward", 4096): Tiles(16, 1, 256, 16, way="exchange", rows=2),
+    ("transform", 4096): Tiles(16, 1, 256, 16, "warp"),
+    ("norm", 4096): Tiles(16, 1, 256, 16, "warp"),
+    ("norm of a sum", 2048): Tiles(8, 1, 256, 16, "warp"),
+    ("norm of a sum", 4096): Tiles(16, 1, 256, 16, "warp"),
+    ("norm, backward", 2048): Tiles(8, 1, 256, 16, "warp"),
+    ("norm, backward", 4096): Tiles(16, 1, 256, 16, "warp"),
     ("gate", 4864): Tiles(76, 1, 64, 128, rows=2),
-    ("gate", 8192): Tiles(32, 1, 256, 32, way="exchange", warps=8),
     ("gate", 9728): Tiles(76, 2, 64, 128),
-    ("gate", 14336): Tiles(28, 2, 256, 32, way="exchange", warps=16),
+    ("gate", 14336): Tiles(56, 1, 256, 64, "warp", warps=8),
 }
 
 
@@ -143,6 +146,8 @@ def tiles_for(size: int) -> Tiles:
     if size in _MEASURED:
         return _MEASURED[size]
     chosen = plan(size)
+    if chosen.log2 >= _LOG2_WARP:
+        return _warp_cut(chosen.base, chosen.log2)
     wide = _cut(chosen.base, chosen.log2, 64)
     return wide if wide.held <= _LARGEST_WIDE_PROGRAM else _cut(chosen.base, chosen.log2, 32)
 
@@ -161,6 +166,23 @@ def gate_pays(size: int) -> bool:
     if unfit(size, torch.bfloat16) is not None:
         return False
     return ("gate", size) in _MEASURED_FUSED or tiles_for(size).padded == tiles_for(size).chunk
+
+
+def _warp_cut(base: int, log2: int) -> Tiles:
+    """256 numbers inside a warp, two tiles where there are as many, the rest on the tensor cores with the least padding.
+
+    Where a warp's registers hold a whole row, and A would be small, tiles take all of the rest: nothing is exchanged at all.
+    """
+    left = log2 - _LOG2_WARP
+    if base == 1 and left <= _LOG2_WARP_TILES:
+        rows = max(1, 4 >> left)
+        return Tiles(1, 2**left, 2**_LOG2_WARP, 1, "warp", rows, warps=rows)
+    tiles = min(left, 1)
+    outer = base * 2 ** (left - tiles)
+    # of those that pad the least the largest, which is the fewest products
+    chunk = min((16, 32, 64, 128), key=lambda chunk: (-(-outer // chunk) * chunk, -chunk))
+    held = -(-outer // chunk) * chunk * 2 ** (tiles + _LOG2_WARP)
+    return Tiles(outer, 2**tiles, 2**_LOG2_WARP, chunk, "warp", warps=4 if held <= _LARGEST_NARROW_PROGRAM else 8)
 
 
 def _cut(base: int, log2: int, largest_outer: int) -> Tiles:

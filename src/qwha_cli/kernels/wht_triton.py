@@ -2,11 +2,13 @@
 
 A row of b numbers is seen as (a, t, q), H_b = (A ⊗ S_t ⊗ S_q) / sqrt(b), S Sylvester's matrices; wht_tiles.py says how b is cut.
 
-    1. over q   inside a tile (a, q), in float32: by `exchange`, butterflies between the lanes of a warp, or by `dot`, X S_q
+    1. over q   inside a tile (a, q): by `warp`, products of 16 between a warp's registers (wht_warp_triton.py); by `dot`, X S_q;
+                or by `exchange`, butterflies between the lanes of a warp, in float32
     2. over t   butterflies between tiles; both are registers, so this costs an addition a number and nothing else
     3. over a   Aᵀ X on the tensor cores, in chunks of rows and columns so that an a that is no power of two is padded little
 
-Between 2 and 3 the numbers are rounded to the dtype of x, as between the two products of the torch form; entries of ±1 are exact.
+Between 2 and 3 the numbers are rounded to the dtype of x, as between the two products of the torch form, and by `warp` once more
+between its two; entries of ±1 are exact.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from qwha_cli.kernels.fp8_triton import fitting, scale_of
 from qwha_cli.kernels.hadamard import base_matrix, plan
 from qwha_cli.kernels.wht_tiles import Tiles
+from qwha_cli.kernels.wht_warp_triton import SHRUNK, butterflies, warp_256
 
 
 def wht(x: Tensor, add: Tensor | None, *, transpose: bool, tiles: Tiles) -> Tensor:
@@ -50,17 +53,28 @@ def _launch(x: Tensor, add: Tensor | None, out: Tensor, scales: Tensor | None, *
     operand = operand_dtype(x.dtype)
     left, right = matrices(tiles, operand, x.device, transpose)
     # a power of two halfway keeps float16 in range; the others have range enough
-    middle = 2.0 ** -((tiles.tiles * tiles.inner).bit_length() // 2) if x.dtype == torch.float16 and tiles.outer > 1 else 1.0
+    halfway = x.dtype == torch.float16 and tiles.outer > 1
+    middle = 2.0 ** -((tiles.tiles * tiles.inner).bit_length() // 2) / shrunk(tiles) if halfway else 1.0
     groups = -(-rows // tiles.rows)
     tensors = (x, x if add is None else add.contiguous(), out, x if scales is None else scales)
     # x may lie on another device than the current one
     with torch.cuda.device_of(x):
         _transform[(min(groups, tiles.programs or groups),)](
-            *tensors, left, right, rows, 1 / (math.sqrt(tiles.block) * middle),
+            *tensors, left, right, rows, last_factor(tiles) / middle,
             OUTER=tiles.outer, TILES=tiles.tiles, INNER=tiles.inner, CHUNK=tiles.chunk, ROWS=tiles.rows,
-            DOT=tiles.way == "dot", ADD=add is not None, FP8=scales is not None, MIDDLE=middle,
+            WAY=tiles.way, ADD=add is not None, FP8=scales is not None, MIDDLE=middle,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+
+
+def shrunk(tiles: Tiles) -> float:
+    """What the products over q are multiplied by."""
+    return SHRUNK if tiles.way == "warp" else 1.0
+
+
+def last_factor(tiles: Tiles) -> float:
+    """What makes products of matrices of ±1, over q as `tiles` does them, orthonormal."""
+    return 1 / (math.sqrt(tiles.block) * shrunk(tiles))
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,22 +99,6 @@ def matrices(tiles: Tiles, dtype: torch.dtype, device: torch.device, transpose: 
 
 
 @triton.jit
-def _exchange(tile, SIZE: tl.constexpr):
-    """A tile times Sylvester's S, in butterflies along the rows of the tile."""
-    total: tl.constexpr = tile.shape[0] * tile.shape[1]
-    shape: tl.constexpr = tile.shape
-    half: tl.constexpr = SIZE // 2
-    if half > 0:
-        tile = _exchange(tile, half) if half > 1 else tile
-        pairs = tl.reshape(tile, [total // SIZE, 2, half])
-        # the sum over a pair is a shuffle, with no change of layout; sum − 2b is a − b
-        both = tl.sum(pairs, axis=1, keep_dims=True)
-        second = tl.arange(0, 2)[None, :, None] == 1
-        tile = tl.reshape(tl.where(second, both - 2 * pairs, both), shape)
-    return tile
-
-
-@triton.jit
 def _between(tiles, COUNT: tl.constexpr, HALF: tl.constexpr):
     """S for a tuple of tiles, the steps from HALF on."""
     if HALF < COUNT:
@@ -115,14 +113,16 @@ def _between(tiles, COUNT: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def inner(tiles, right, TILES: tl.constexpr, INNER: tl.constexpr, DOT: tl.constexpr):
+def inner(tiles, right, TILES: tl.constexpr, INNER: tl.constexpr, WAY: tl.constexpr):
     """A chunk's tiles transformed over q and t, in float32."""
     done = ()
     for t in tl.static_range(TILES):
-        if DOT:
+        if WAY == "dot":
             done += (tl.dot(tiles[t].to(right.dtype), right),)
+        elif WAY == "warp":
+            done += (warp_256(tiles[t], right.dtype),)
         else:
-            done += (_exchange(tiles[t].to(tl.float32), INNER),)
+            done += (butterflies(tiles[t].to(tl.float32), INNER),)
     return _between(done, TILES, 1)
 
 
@@ -160,6 +160,15 @@ def outer(
 
 
 @triton.jit
+def as_read(result, CHUNK: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr):
+    """What `outer` gives where other tensors are still read: it moves to their layout, once, and not each of them to its."""
+    if ROWS == 1:
+        # a sum of one, after which the compiler no longer prefers the product's layout
+        result = tl.sum(tl.reshape(result, [CHUNK, 1, INNER]), axis=1)
+    return result
+
+
+@triton.jit
 def over_rows(sums, CHUNK: tl.constexpr, ROWS: tl.constexpr):
     """Sums over q, (CHUNK · ROWS,) in the order (a, row), summed over a too: (ROWS,)."""
     return tl.sum(tl.reshape(sums, [CHUNK, ROWS]), axis=0)
@@ -183,7 +192,7 @@ def written_scales(bound, scale_ptr, group, rows, ROWS: tl.constexpr):
 @triton.jit
 def frame(
     left_ptr, right_ptr,
-    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
+    OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     """What all groups of rows have alike: a and row of a tile's rows, columns in a chunk, places in A, A's first piece, S_q."""
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
@@ -194,7 +203,7 @@ def frame(
     column = (a * (TILES * INNER))[:, None] + q[None, :]
     corner = tl.arange(0, CHUNK)[:, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, :]
     left = tl.load(left_ptr + corner)
-    right = tl.load(right_ptr + q[:, None] * INNER + q[None, :]) if DOT else left
+    right = tl.load(right_ptr + q[:, None] * INNER + q[None, :]) if WAY == "dot" else left
     return a, row, column, corner, left, right
 
 
@@ -203,11 +212,11 @@ def frame(
 def _transform(
     x_ptr, add_ptr, out_ptr, scale_ptr, left_ptr, right_ptr, rows, last,
     OUTER: tl.constexpr, TILES: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    DOT: tl.constexpr, ADD: tl.constexpr, FP8: tl.constexpr, MIDDLE: tl.constexpr,
+    WAY: tl.constexpr, ADD: tl.constexpr, FP8: tl.constexpr, MIDDLE: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (OUTER + CHUNK - 1) // CHUNK
     block: tl.constexpr = OUTER * TILES * INNER
-    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, DOT)
+    a, row, column, corner, left, right = frame(left_ptr, right_ptr, OUTER, TILES, INNER, CHUNK, ROWS, WAY)
     place = (row * block)[:, None] + column
     # large inputs have more numbers than 32 bits count
     stride = tl.full((), ROWS * block, tl.int64)
@@ -225,7 +234,7 @@ def _transform(
                 tiles += (tile,)
                 if FP8:
                     squares += tl.sum(tile.to(tl.float32) * tile.to(tl.float32), axis=1)
-            parts += as_operands(inner(tiles, right, TILES, INNER, DOT), left, TILES, INNER, CHUNK, ROWS, OUTER, MIDDLE)
+            parts += as_operands(inner(tiles, right, TILES, INNER, WAY), left, TILES, INNER, CHUNK, ROWS, OUTER, MIDDLE)
         factor = last
         if FP8:
             inverse = written_scales(tl.sqrt(over_rows(squares, CHUNK, ROWS)), scale_ptr, group, rows, ROWS)
@@ -239,4 +248,6 @@ def _transform(
                     result += tl.load(add_ptr + at, mask=mask, other=0.0).to(tl.float32)
                 if FP8:
                     result = fitting(result)
+                    # eight a lane as of the 16-bit numbers that were read, not sixteen: all tensors have one layout
+                    at = tl.max_contiguous(at, [1, 8])
                 tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=mask)
