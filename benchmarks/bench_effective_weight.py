@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qwha_cli.kernels import dequantize_cut as cut
 from qwha_cli.kernels import dequantize_triton as kernel
-from qwha_cli.kernels import weight_fp8_triton
+from qwha_cli.kernels import weight_fp8_triton, weight_tile_triton
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize import dequantize
 from qwha_cli.kernels.effective_weight import effective_weight, gather_entries
@@ -110,8 +110,10 @@ class Report:
     def copy_us(self, moved: int) -> float:
         """Microseconds of a copy that reads and writes so many bytes together."""
         if moved not in self.alike:
-            sources = [torch.empty(moved // 4, dtype=torch.int16, device="cuda") for _ in range(num_copies(moved))]
-            self.alike[moved] = graph_us([partial(torch.clone, source) for source in sources])
+            # whole MiB, as the driver copies other sizes at two thirds of the speed (an H200); as a share of that time
+            size = max(1, round(moved / 2 / 2**20)) * 2**20
+            sources = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(num_copies(moved))]
+            self.alike[moved] = graph_us([partial(torch.clone, source) for source in sources]) * moved / 2 / size
         return self.alike[moved]
 
 
@@ -138,7 +140,8 @@ def sets(base: Base | None, values: Tensor, places: Places, moved: int, form: st
     return found
 
 
-Cut = cut.Config | cut.TableCut
+# none: the kernel of weight_tile_triton.py, which has one cut
+Cut = cut.Config | cut.TableCut | None
 
 
 def looked_up(base: Base | None, form: str) -> bool:
@@ -148,6 +151,8 @@ def looked_up(base: Base | None, form: str) -> bool:
 
 def chosen_for(base: Base | None, form: str) -> Cut:
     """What the product takes."""
+    if form == "dense" and weight_tile_triton.takes(base, torch.bfloat16, GROUP):
+        return None
     if form == "dense" or base is None:
         return cut.config_for(base)
     if looked_up(base, form):
@@ -164,7 +169,9 @@ def candidates(base: Base, form: str) -> Sequence[Cut]:
 
 def write(weight: Tensor, base: Base | None, entries: Entries | None, config: Cut, form: kernel.Form | None) -> None:
     """Launch the kernel that a cut is for."""
-    if not isinstance(config, cut.TableCut):
+    if config is None:
+        weight_tile_triton.launch(weight, base, entries)  # pyright: ignore
+    elif not isinstance(config, cut.TableCut):
         kernel.launch(weight, base, entries, config, form)
     elif form is not None and form.kind == "turned":
         weight_fp8_triton.launch_turned(weight, base, entries, config, form.scales, form.same)  # pyright: ignore
@@ -207,7 +214,8 @@ def tune(report: Report, workers: int, forms: list[str], kinds: list[str]) -> No
             found: list[dict[str, object]] = []
             for config in {*candidates(base, form), chosen}:
                 calls = [partial(write, weight, own, entries, config, how) for own, entries, weight, how in rotated]
-                fields = {"shape": shape, "form": form, "kind": kind, "chosen": config == chosen, **asdict(config)}
+                how_cut = {} if config is None else asdict(config)
+                fields = {"shape": shape, "form": form, "kind": kind, "chosen": config == chosen, **how_cut}
                 found.append(report.line(graph_us(calls), moved, show=False, **fields))
             found.sort(key=lambda record: float(str(record["us"])))
             for record in [*found[:2], *(r for r in found[2:] if r["chosen"])]:

@@ -39,9 +39,9 @@ def dequantize(codes: Codes, dtype: torch.dtype, *, backend: Requested = "auto")
         KernelError: A backend that this machine does not have, or that does not write this dtype.
     """
     if uses_triton(OP, dtype, codes.device, backend):
-        from qwha_cli.kernels import dequantize_triton
+        from qwha_cli.kernels import effective_weight_triton
 
-        return dequantize_triton.dequantize(codes, dtype)
+        return effective_weight_triton.dequantized(codes, dtype)
     return _nf4(codes, dtype) if codes.layout == "nf4" else _gptq(codes, dtype)
 
 

@@ -16,13 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qwha_cli.kernels.codes import Codes
-from qwha_cli.kernels.dequantize_cut import Config, config_for
+from qwha_cli.kernels.dequantize_cut import Config
 from qwha_cli.kernels.fp8_triton import inverse_of
 from qwha_cli.kernels.places import Places
 
@@ -40,13 +39,6 @@ class Form:
     kind: Literal["dense", "rows", "turned"]
     scales: Tensor
     same: Tensor
-
-
-def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor:
-    """As `dequantize.dequantize`, for float32, bfloat16 and float16."""
-    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    launch(weight, codes, None, config_for(codes))
-    return weight
 
 
 def launch(

@@ -1,6 +1,7 @@
 """Base plus entries of F in Triton, and a matrix read at F's places; see effective_weight.py.
 
-The first is the kernel of dequantize_triton.py. The second takes some rows a program, whose entries lie side by side.
+The first is the kernel of weight_tile_triton.py, or of dequantize_triton.py. The second takes some rows a program, whose entries
+lie side by side.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwha_cli.kernels import weight_tile_triton
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize_cut import config_for
 from qwha_cli.kernels.dequantize_triton import launch
@@ -20,10 +22,20 @@ _ROWS, _SLOTS, _WARPS = 2, 256, 4
 
 def added(base: Codes | Tensor | None, values: Tensor, places: Places, *, scale: float, dtype: torch.dtype) -> Tensor:
     """Base + scale · F (out, in), rounded once; without a base, scale · F itself."""
-    weight = torch.empty(places.shape, dtype=dtype, device=values.device)
-    base = base.contiguous() if isinstance(base, Tensor) else base
     entries = (values.contiguous(), places, scale) if len(places) else None
-    launch(weight, base, entries, config_for(base))
+    return _written(base, entries, torch.empty(places.shape, dtype=dtype, device=values.device))
+
+
+def dequantized(codes: Codes, dtype: torch.dtype) -> Tensor:
+    """As `dequantize.dequantize`, for float32, bfloat16 and float16."""
+    return _written(codes, None, torch.empty(codes.shape, dtype=dtype, device=codes.device))
+
+
+def _written(base: Codes | Tensor | None, entries: tuple[Tensor, Places, float] | None, weight: Tensor) -> Tensor:
+    if not isinstance(base, Tensor) and weight_tile_triton.takes(base, weight.dtype, weight.shape[1]):
+        weight_tile_triton.launch(weight, base, entries)
+    else:
+        launch(weight, base.contiguous() if isinstance(base, Tensor) else base, entries, config_for(base))
     return weight
 
 
