@@ -65,7 +65,7 @@ PARTS = {
     "8-bit numbers made, turned (ours)": r"^_to_fp8|^_transposed",
     "transforms (ours)": r"^_transform$",
     "attention": r"sdpa|fmha|flash|cudnn",
-    "weights from codes (ours)": r"^_(write|rows|turned|turned_entries|scales)$",
+    "weights from codes (ours)": r"^_(write|weight|rows|turned|turned_entries|scales)$",
     "additions": r"CUDAFunctor_add",
     "gather at F's places (ours)": r"^_gather",
 }

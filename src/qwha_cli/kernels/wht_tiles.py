@@ -25,7 +25,7 @@ _LARGEST_OUTER = 256
 _SMALLEST_PRODUCT = 16
 # what `warp` transforms at once, and how often a warp's registers hold it
 _LOG2_WARP = 8
-_LOG2_WARP_TILES = 4
+_LOG2_WARP_TILES = 3
 # above it, a program with numbers in warps' registers takes eight warps
 _LARGEST_NARROW_PROGRAM = 12288
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -76,6 +76,7 @@ class Tiles:
 
 # sizes of models at which another cut than the rule's was faster (an H200; bench_wht.py tune; docs/results/speed.md)
 _MEASURED = {
+    4096: Tiles(16, 1, 256, 16, "warp"),
     8192: Tiles(32, 1, 256, 32, "warp", warps=8),
     11008: Tiles(172, 1, 64, 32),
     18432: Tiles(72, 1, 256, 16, "warp", warps=8),
@@ -86,12 +87,9 @@ _MEASURED = {
 FusedOp = Literal["transform", "norm", "norm of a sum", "norm, backward", "gate", "gate, backward"]
 # what is done in the transform's pass besides: programs read several tensors, or write two (an H200; bench_fused_wht.py tune)
 _MEASURED_FUSED: dict[tuple[FusedOp, int], Tiles] = {
-    ("norm", 4096): Tiles(16, 1, 256, 16, "warp"),
     ("norm of a sum", 2048): Tiles(8, 1, 256, 16, "warp"),
-    ("norm of a sum", 4096): Tiles(16, 1, 256, 16, "warp"),
     ("norm, backward", 2048): Tiles(8, 1, 256, 16, "warp"),
     ("norm, backward", 3072): Tiles(12, 1, 256, 16, "warp", rows=2),
-    ("norm, backward", 4096): Tiles(16, 1, 256, 16, "warp"),
     ("gate", 4864): Tiles(76, 1, 64, 128, warps=8, programs=528),
     ("gate", 8192): Tiles(32, 1, 256, 32, "warp", warps=8, programs=528),
     ("gate", 9728): Tiles(76, 2, 64, 128),
@@ -103,12 +101,8 @@ _MEASURED_FUSED: dict[tuple[FusedOp, int], Tiles] = {
 }
 # of 8-bit numbers, whose scale takes a sum over the row first (an H200; bench_fused_wht.py tune --ops "8 bits")
 _MEASURED_FP8: dict[tuple[FusedOp, int], Tiles] = {
-    ("transform", 4096): Tiles(16, 1, 256, 16, "warp"),
-    ("norm", 4096): Tiles(16, 1, 256, 16, "warp"),
     ("norm of a sum", 2048): Tiles(8, 1, 256, 16, "warp"),
-    ("norm of a sum", 4096): Tiles(16, 1, 256, 16, "warp"),
     ("norm, backward", 2048): Tiles(8, 1, 256, 16, "warp"),
-    ("norm, backward", 4096): Tiles(16, 1, 256, 16, "warp"),
     ("gate", 4864): Tiles(76, 1, 64, 128, rows=2),
     ("gate", 9728): Tiles(76, 2, 64, 128),
     ("gate", 14336): Tiles(56, 1, 256, 64, "warp", warps=8),
