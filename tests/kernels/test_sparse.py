@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from qwha_cli.errors import KernelError
+from qwha_cli.kernels import backend
 from qwha_cli.kernels.backend import choose
 from qwha_cli.kernels.sparse_matmul import SparseRows, sparse_matmul
+from support.triton import HAS_TRITON
 
 
 @pytest.fixture
@@ -88,3 +92,21 @@ def test_the_backend_and_its_reason_are_told() -> None:
         choose("triton", op="gaps", device=cpu)
     assert caught.value.where == "gaps"
     assert caught.value.remedy == "use backend auto or torch"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_cards_without_the_instructions_that_kernels_have_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [SimpleNamespace(name="New Card", major=8, minor=0), SimpleNamespace(name="Old Card", major=7, minor=5)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: cards[index])
+    # without their memory, which is other tests'
+    monkeypatch.setattr(backend, "_choose", backend._choose.__wrapped__)
+    monkeypatch.setattr(backend, "_lacking_card", backend._lacking_card.__wrapped__)
+    assert choose("auto", op="wht", device=torch.device("cuda:0")).name == "triton"
+    assert choose("auto", op="wht", device=torch.device("cuda")).name == "triton"
+    assert "Old Card has 7.5" in choose("auto", op="wht", device=torch.device("cuda:1")).reason
+    with pytest.raises(KernelError, match=r"8\.0"):
+        choose("triton", op="wht", device=torch.device("cuda:1"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "NVIDIA" in choose("auto", op="wht", device=torch.device("cuda:0")).reason

@@ -21,6 +21,8 @@ from qwha_cli.errors import KernelError
 Backend = Literal["torch", "triton"]
 Requested = Literal["auto", "torch", "triton"]
 
+# from here on cards have the instructions that kernels use: products of bfloat16 between registers, two numbers rounded at once
+_FIRST_CAPABILITY = (8, 0)
 # ops that have a Triton form
 _TRITON = frozenset({"column_sweep", "dequantize", "effective_weight", "fp8", "fused_wht", "quant_matmul", "row_solve", "wht"})
 
@@ -46,16 +48,16 @@ def choose(requested: Requested, *, op: str, device: torch.device, lacking: Call
         KernelError: `triton` was asked for and this op has no Triton form, or this machine cannot run it, or not this call.
     """
     # read anew each time, because tests set it
-    choice = _choose(requested, op, device.type, os.environ.get("TRITON_INTERPRET") == "1")
+    choice = _choose(requested, op, device.type, device.index, os.environ.get("TRITON_INTERPRET") == "1")
     reason = lacking() if choice.name == "triton" else None
     return choice if reason is None else _without_triton(requested, op, reason)
 
 
 @lru_cache(maxsize=256)
-def _choose(requested: Requested, op: str, device_type: str, interpreted: bool) -> Choice:
+def _choose(requested: Requested, op: str, device_type: str, index: int | None, interpreted: bool) -> Choice:
     if requested == "torch":
         return Choice("torch", "asked for")
-    lacking = _lacking(op, device_type, interpreted)
+    lacking = _lacking(op, device_type, index, interpreted)
     if lacking is None:
         return Choice("triton", "asked for" if requested == "triton" else "the fastest that exists")
     return _without_triton(requested, op, lacking)
@@ -67,7 +69,7 @@ def _without_triton(requested: Requested, op: str, lacking: str) -> Choice:
     return Choice("torch", lacking)
 
 
-def _lacking(op: str, device_type: str, interpreted: bool) -> str | None:
+def _lacking(op: str, device_type: str, index: int | None, interpreted: bool) -> str | None:
     """What stands between this op and its Triton kernel; None for nothing."""
     if op not in _TRITON:
         return "there is no Triton kernel for this op yet"
@@ -76,6 +78,19 @@ def _lacking(op: str, device_type: str, interpreted: bool) -> str | None:
     # Triton's interpreter runs kernels on CPU tensors, for tests
     if device_type != "cuda" and not interpreted:
         return f"Triton kernels run on CUDA devices, not on {device_type}"
+    return None if interpreted else _lacking_card(index)
+
+
+@lru_cache(maxsize=64)
+def _lacking_card(index: int | None) -> str | None:
+    """What a card, the current one for None, lacks for the instructions of NVIDIA's that kernels have; None for nothing."""
+    if torch.version.hip is not None:
+        return "the Triton kernels have instructions of NVIDIA's cards"
+    if not torch.cuda.device_count():
+        return None
+    card = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    if (card.major, card.minor) < _FIRST_CAPABILITY:
+        return f"the Triton kernels need compute capability 8.0, and {card.name} has {card.major}.{card.minor}"
     return None
 
 
