@@ -129,6 +129,9 @@ def test_sizes_and_dtypes_that_do_not_fit_are_refused(monkeypatch: pytest.Monkey
         matmul_fp8(to_fp8(gaussian(4, 24)), to_fp8(gaussian(16, 24)), torch.float32)
     with pytest.raises(KernelError, match="multiples of 16"):
         matmul_fp8(to_fp8(gaussian(4, 32)), to_fp8(gaussian(10, 32)), torch.float32)
+    for turn in (transposed, turned):
+        with pytest.raises(KernelError, match=r"multiple of 16, not \(4, 24\)"):
+            turn(to_fp8(gaussian(4, 24)))
     with pytest.raises(KernelError, match="float64"):
         to_fp8(gaussian(4, 16).double())
     assert lacks_fp8(torch.device("cpu")) is None
