@@ -47,17 +47,22 @@ def choose(requested: Requested, *, op: str, device: torch.device, lacking: Call
     Raises:
         KernelError: `triton` was asked for and this op has no Triton form, or this machine cannot run it, or not this call.
     """
-    # read anew each time, because tests set it
-    choice = _choose(requested, op, device.type, device.index, os.environ.get("TRITON_INTERPRET") == "1")
+    choice = _choose(requested, op, device.type, device.index, interpreted())
     reason = lacking() if choice.name == "triton" else None
     return choice if reason is None else _without_triton(requested, op, reason)
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels, on a CPU and for tests: it knows no instructions of a card."""
+    # read anew each time, because tests set it
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @lru_cache(maxsize=256)
-def _choose(requested: Requested, op: str, device_type: str, index: int | None, interpreted: bool) -> Choice:
+def _choose(requested: Requested, op: str, device_type: str, index: int | None, by_interpreter: bool) -> Choice:
     if requested == "torch":
         return Choice("torch", "asked for")
-    lacking = _lacking(op, device_type, index, interpreted)
+    lacking = _lacking(op, device_type, index, by_interpreter)
     if lacking is None:
         return Choice("triton", "asked for" if requested == "triton" else "the fastest that exists")
     return _without_triton(requested, op, lacking)
@@ -69,16 +74,16 @@ def _without_triton(requested: Requested, op: str, lacking: str) -> Choice:
     return Choice("torch", lacking)
 
 
-def _lacking(op: str, device_type: str, index: int | None, interpreted: bool) -> str | None:
+def _lacking(op: str, device_type: str, index: int | None, by_interpreter: bool) -> str | None:
     """What stands between this op and its Triton kernel; None for nothing."""
     if op not in _TRITON:
         return "there is no Triton kernel for this op yet"
     if not _has_triton():
         return "triton is not installed"
     # Triton's interpreter runs kernels on CPU tensors, for tests
-    if device_type != "cuda" and not interpreted:
+    if device_type != "cuda" and not by_interpreter:
         return f"Triton kernels run on CUDA devices, not on {device_type}"
-    return None if interpreted else _lacking_card(index)
+    return None if by_interpreter else _lacking_card(index)
 
 
 @lru_cache(maxsize=64)

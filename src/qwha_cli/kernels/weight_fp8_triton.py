@@ -8,7 +8,6 @@ dequantize_triton.py, and its scales are found before.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwha_cli.kernels.backend import interpreted
 from qwha_cli.kernels.bytes_triton import quarter_turn
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize_cut import TableCut, fp8_config_for, table_cut_for
@@ -123,8 +123,11 @@ def _operands(base: Codes, weight: Tensor, cut: TableCut) -> tuple[tuple[Tensor,
     tensors, strides, kind = operands(base, weight)
     unit = min(base.group_size & -base.group_size, cut.columns)
     tile = {"UNIT": unit, "TOGETHER": TOGETHER_OF[base.bits], "ROWS": cut.rows, "COLUMNS": cut.columns, "num_warps": cut.warps}
-    asm = os.environ.get("TRITON_INTERPRET") != "1"
-    return tensors, strides, {n: kind[n] for n in ("BITS", "ZERO_BITS", "GROUP")} | tile | {"ASM": asm, "enable_fp_fusion": False}
+    return (
+        tensors,
+        strides,
+        {n: kind[n] for n in ("BITS", "ZERO_BITS", "GROUP")} | tile | {"ASM": not interpreted(), "enable_fp_fusion": False},
+    )
 
 
 @triton.jit

@@ -13,13 +13,12 @@ Triton has no scattered writes to shared memory, so the tile is PTX; the interpr
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwha_cli.kernels.backend import interpreted
 from qwha_cli.kernels.codes import Codes
 from qwha_cli.kernels.dequantize_triton import (
     add_entries,
@@ -38,8 +37,10 @@ _ROWS, _COLUMNS, _WARPS = 4, 1024, 4
 # by bits of a code, where one program more fits so
 _REGISTERS = {3: 56}
 _CELL = 8
-_FRACTION = {2: 5, 3: 3, 4: 4}
-"""By bits of a code, the most that a zero point has more than it."""
+# by bits of a code, the lowest bit that it lies at
+_FIRST = {2: 16, 3: 14, 4: 15}
+# of a float16 scale, the leading one among them
+_SCALE_BITS = 11
 
 _TILE = tl.constexpr("{ .shared .align 128 .b8 qwha_tile[16384]; mov.u32 $0, qwha_tile; }")
 _TABLE = tl.constexpr("{ .shared .align 64 .b8 qwha_table[64]; mov.u32 $0, qwha_table; }")
@@ -93,7 +94,8 @@ def takes(base: Codes | Tensor | None, dtype: torch.dtype, columns: int) -> bool
         return True
     if base.group_size % _CELL:
         return False
-    return base.layout == "nf4" or base.zero_bits - base.bits <= _FRACTION.get(base.bits, -1)
+    # k + 1 bits, a fraction's and a scale's are 24 at most, k being 23 less the first bit
+    return base.layout == "nf4" or base.zero_bits - base.bits <= _FIRST.get(base.bits, 0) - _SCALE_BITS
 
 
 def launch(weight: Tensor, base: Codes | None, entries: tuple[Tensor, Places, float] | None) -> None:
@@ -112,8 +114,8 @@ def launch(weight: Tensor, base: Codes | None, entries: tuple[Tensor, Places, fl
     codes = codes.view(-1).view(torch.int32) if kind["KIND"] == "nf4" else codes
     _weight[grid](
         weight, codes, *others, *lists, rows, columns, *strides,
-        **kind, SPARSE=entries is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, SLOTS=slots,
-        ASM=os.environ.get("TRITON_INTERPRET") != "1", num_warps=_WARPS, maxnreg=_REGISTERS.get(kind["BITS"]),
+        **kind, FIRST=_FIRST.get(kind["BITS"], 0), SPARSE=entries is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, SLOTS=slots,
+        ASM=not interpreted(), num_warps=_WARPS, maxnreg=_REGISTERS.get(kind["BITS"]),
         enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -150,15 +152,14 @@ def _gptq_words(
 
 
 @triton.jit
-def _of_gptq(word, scale, offset, BITS: tl.constexpr):
+def _of_gptq(word, scale, offset, BITS: tl.constexpr, FIRST: tl.constexpr):
     """The eight numbers of cells, a tuple of float32."""
     found = ()
-    # as many neighbours at once as have room between bit `first` and the exponent
-    first: tl.constexpr = 16 if BITS == 2 else (14 if BITS == 3 else 15)
-    together: tl.constexpr = (23 - first) // BITS
+    # as many neighbours at once as have room between that bit and the exponent
+    together: tl.constexpr = (23 - FIRST) // BITS
     for j in tl.static_range(8):
-        moved = _moved(word, first - j // together * together * BITS)
-        found += (_exactly(moved, scale, offset, first + j % together * BITS, (1 << BITS) - 1),)
+        moved = _moved(word, FIRST - j // together * together * BITS)
+        found += (_exactly(moved, scale, offset, FIRST + j % together * BITS, (1 << BITS) - 1),)
     return found
 
 
@@ -199,7 +200,7 @@ def _laid(places, numbers, mask):
 @triton.jit
 def _weight(
     weight_ptr, base_ptr, scales_ptr, zeros_ptr, values_ptr, starts_ptr, columns_ptr, factor, rows, columns, stride, zero_stride,
-    KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr,
     SPARSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     inner = tl.arange(0, ROWS)[:, None]
@@ -247,7 +248,7 @@ def _weight(
         nothing = tl.zeros(known.shape, tl.float32)
         numbers = (nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)
     elif KIND == "gptq":
-        numbers = _of_gptq(word, scale, offset, BITS)
+        numbers = _of_gptq(word, scale, offset, BITS, FIRST)
     else:
         numbers = _of_nf4(word, scale, zeros_ptr, table, ASM)
     if SPARSE and ASM:

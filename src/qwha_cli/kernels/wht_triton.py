@@ -14,7 +14,6 @@ between its two; entries of ±1 are exact.
 from __future__ import annotations
 
 import math
-import os
 from functools import lru_cache
 
 import torch
@@ -22,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwha_cli.kernels.backend import interpreted
 from qwha_cli.kernels.fp8_triton import fitting, scale_of
 from qwha_cli.kernels.hadamard import base_matrix, plan
 from qwha_cli.kernels.wht_tiles import Tiles
@@ -80,7 +80,7 @@ def last_factor(tiles: Tiles) -> float:
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of what the products multiply."""
     # Triton's interpreter, where tests run, multiplies the bit patterns of bfloat16 as integers
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreted():
         return torch.float32
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
 

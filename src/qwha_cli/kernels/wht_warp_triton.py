@@ -12,19 +12,16 @@ compiler keeps to it is tested (tests/kernels/test_wht_warp.py), and why it does
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-WIDTH = 256
-"""Numbers of a row."""
+from qwha_cli.kernels.backend import interpreted
 
 SHRUNK = 1 / 16
 """What S_256 is multiplied by on the way: each S_16 has entries of ±1/4, so float16 stays in range."""
 
 # the interpreter, where tests run, knows no instructions of a card
-_ASM = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+_ASM = tl.constexpr(not interpreted())
 _SHRUNK = tl.constexpr(SHRUNK)
 
 
